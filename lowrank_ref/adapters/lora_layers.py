@@ -1,0 +1,119 @@
+"""LoRA beyond linear layers: embeddings and convolutions.
+
+Both follow PEFT. For a convolution that is a k×k convolution to r channels and then 1×1; the official code reshapes a
+matrix product instead, and its Conv1d and Conv3d fail for k > 1.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowrank_ref.adapters.lora import delta_weight, init_factors, lora_scaling
+from lowrank_ref.core.checks import check_number, check_rank
+from lowrank_ref.core.layers import Adapter
+
+
+class LoRAEmbedding(Adapter):
+    """A frozen embedding (num, dim) with a trained update s·(BA)ᵀ; A = 0 and B is random, the reverse of `LoRALinear`.
+
+    Args:
+        base: `nn.Embedding` without `max_norm` (which rewrites the weight in forward).
+        rank: r, 1 <= r <= min(num, dim).
+        alpha: α > 0; the scale is `scaling(alpha, rank)`.
+        scaling: `lora_scaling` or `rslora_scaling`.
+        generator: source of B.
+    """
+
+    adapter_names = ("A", "B")
+    base: nn.Embedding
+
+    def __init__(
+        self,
+        base: nn.Embedding,
+        rank: int = 8,
+        *,
+        alpha: float = 16.0,
+        scaling: Callable[[float, int], float] = lora_scaling,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not isinstance(base, nn.Embedding) or base.max_norm is not None:
+            raise TypeError(f"base: got {base!r}, wanted nn.Embedding without max_norm")
+        check_rank(rank, base.weight.shape)
+        check_number("alpha", alpha, low=0, open_low=True)
+        super().__init__(base)
+        self.rank, self.scale = rank, scaling(alpha, rank)
+        start, A = init_factors(base.weight.detach(), rank, generator)
+        self.A = nn.Parameter(A.T.contiguous())
+        self.B = nn.Parameter(torch.empty_like(start.T.contiguous()).normal_(generator=generator))
+
+    def delta_weight(self) -> Float[Tensor, "num dim"]:
+        """Return s·(BA)ᵀ, shape (num, dim)."""
+        return delta_weight(self.A, self.B, self.scale).T
+
+    def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
+        """Return the rows of W + s·(BA)ᵀ, shape (..., dim)."""
+        rows = F.embedding(tokens, self.A.T, padding_idx=self.base.padding_idx)
+        out = self.base(tokens)
+        return out + (self.scale * F.linear(rows, self.B)).to(out.dtype)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Embedding:
+        """Return a frozen plain embedding with the updated rows."""
+        old = self.base
+        weight = (old.weight.to(self.A.dtype) + self.delta_weight()).to(old.weight.dtype)
+        return nn.Embedding.from_pretrained(weight, freeze=True, padding_idx=old.padding_idx).train(old.training)
+
+
+class LoRAConv2d(Adapter):
+    """A frozen convolution with a trained k×k convolution to r channels followed by a 1×1 convolution, times s.
+
+    Args:
+        base: `nn.Conv2d` with groups = 1 (a grouped update cannot be merged).
+        rank: r, 1 <= r <= min(out, in·k·k).
+        alpha: α > 0; the scale is `scaling(alpha, rank)`.
+        scaling: `lora_scaling` or `rslora_scaling`.
+        generator: source of A.
+    """
+
+    adapter_names = ("A", "B")
+    base: nn.Conv2d
+
+    def __init__(
+        self,
+        base: nn.Conv2d,
+        rank: int = 8,
+        *,
+        alpha: float = 16.0,
+        scaling: Callable[[float, int], float] = lora_scaling,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not isinstance(base, nn.Conv2d) or base.groups != 1:
+            raise TypeError(f"base: got {base!r}, wanted nn.Conv2d with groups=1")
+        check_number("alpha", alpha, low=0, open_low=True)
+        A, B = init_factors(base.weight.detach().flatten(1), rank, generator)
+        super().__init__(base)
+        self.rank, self.scale = rank, scaling(alpha, rank)
+        self.A = nn.Parameter(A.view(rank, *base.weight.shape[1:]))
+        self.B = nn.Parameter(B[:, :, None, None].clone())
+
+    def delta_weight(self) -> Float[Tensor, "out in_ k1 k2"]:
+        """Return the update of the kernel, shape (out, in, k, k)."""
+        return delta_weight(self.A.flatten(1), self.B.flatten(1), self.scale).view_as(self.base.weight)
+
+    def forward(self, x: Float[Tensor, "*batch in_ h w"]) -> Float[Tensor, "*batch out h2 w2"]:
+        """Return base(x) + s·B(A(x)); padding, stride and dilation belong to A."""
+        conv = self.base
+        out = conv(x)
+        hidden = conv._conv_forward(x if torch.is_autocast_enabled() else x.to(self.A.dtype), self.A, None)
+        return out + (self.scale * F.conv2d(hidden, self.B)).to(out.dtype)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Conv2d:
+        """Return a frozen plain convolution with the updated kernel."""
+        new = copy.deepcopy(self.base)
+        new.weight.copy_((self.base.weight.to(self.A.dtype) + self.delta_weight()).to(new.weight.dtype))
+        return new

@@ -1,0 +1,102 @@
+"""DoRA and PiSSA: two relatives of LoRA that the chapters use as baselines. They have no chapter of their own.
+
+| paper                                          | here                                             |
+|------------------------------------------------|--------------------------------------------------|
+| DoRA (2402.09353): W' = m ⊙ V/‖V‖, V = W + sBA | `dora_weight`, `DoRALinear`                      |
+| PiSSA (2404.02948): start at the top-r SVD     | `pissa_factors`, `PiSSALinear`                   |
+
+Deviations. DoRA's norm is taken over the input dimension, one magnitude per output, as its code does. PiSSA replaces W
+by W - s·B₀A₀; here the base stays W and the update is s·(BA - B₀A₀): the same function and the same gradients, but a
+checkpoint that stays valid with the original model.
+"""
+
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowrank_ref.adapters.lora import LoRALinear, delta_weight, lora_update
+from lowrank_ref.core.layers import weight_of
+from lowrank_ref.core.linalg import svd
+
+
+def dora_weight(
+    V: Float[Tensor, "m n"], magnitude: Float[Tensor, " m"], *, detach_norm: bool = True
+) -> Float[Tensor, "m n"]:
+    """Return W' = m ⊙ V/‖V‖, rows rescaled to the trained magnitudes (DoRA equations 5 and 11).
+
+    Args:
+        V: direction W + s·BA, shape (m, n), no zero row.
+        magnitude: wanted norm of each row, shape (m,).
+        detach_norm: treat ‖V‖ as a constant in backward, as DoRA does to save memory.
+    """
+    norm = V.norm(dim=1)
+    return (magnitude / (norm.detach() if detach_norm else norm))[:, None] * V
+
+
+def pissa_factors(
+    W: Float[Tensor, "m n"], rank: int, scale: float
+) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]:
+    """Return A = √(S/s)·Vᵀ and B = U·√(S/s) from the top r singular triples: s·BA is W's best rank-r part."""
+    U, S, Vh = svd(W, rank)
+    root = (S / scale).sqrt()
+    return root[:, None] * Vh, U * root
+
+
+class DoRALinear(LoRALinear):
+    """LoRA on the direction of each row of W, and a trained magnitude for its length (arXiv 2402.09353).
+
+    Same arguments as `LoRALinear`; m more trained numbers. It forms ΔW (m, n) for the norms in every step.
+    """
+
+    adapter_names = ("A", "B", "magnitude")
+
+    def __init__(self, base: nn.Module, rank: int = 8, **options: Any) -> None:
+        super().__init__(base, rank, **options)
+        self.magnitude = nn.Parameter(weight_of(base).detach().to(self.A.dtype).norm(dim=1))
+
+    def delta_weight(self) -> Float[Tensor, "m n"]:
+        """Return m ⊙ V/‖V‖ - W with V = W + s·BA."""
+        W = weight_of(self.base).to(self.A.dtype)
+        return dora_weight(W + super().delta_weight(), self.magnitude) - W
+
+    def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        """Return what has to be added to xWᵀ to give m/‖V‖ ⊙ (xWᵀ + s·B(A·dropout(x)))."""
+        W = weight_of(self.base).to(self.A.dtype)
+        with torch.no_grad():
+            norm = (W + delta_weight(self.A, self.B, self.scale)).norm(dim=1)
+        gain = self.magnitude / norm
+        return (gain - 1) * F.linear(x, W) + gain * super().update(x)
+
+
+class PiSSALinear(LoRALinear):
+    """LoRA that starts A and B at the principal singular triples of W, and subtracts that start (arXiv 2404.02948).
+
+    Same arguments as `LoRALinear`; no randomness. Exported, it is an ordinary LoRA of rank 2r.
+    """
+
+    def __init__(self, base: nn.Module, rank: int = 8, **options: Any) -> None:
+        super().__init__(base, rank, **options)
+        self.register_buffer("A0", self.A.detach().clone())
+        self.register_buffer("B0", self.B.detach().clone())
+
+    def initial_factors(self, W: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Return the principal factors of W."""
+        return pissa_factors(W, self.rank, self.scale)
+
+    def delta_weight(self) -> Float[Tensor, "m n"]:
+        """Return s·(BA - B₀A₀)."""
+        A, B, scale = self.lora_factors()
+        return delta_weight(A, B, scale)
+
+    def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        """Return s·(BA - B₀A₀)·dropout(x)."""
+        A, B, scale = self.lora_factors()
+        return lora_update(self.dropout(x), A, B, scale)
+
+    def lora_factors(self) -> tuple[Tensor, Tensor, float]:
+        """Return ([A; -A₀], [B, B₀], s): the exact LoRA of rank 2r on the original W."""
+        A0, B0 = cast(Tensor, self.A0), cast(Tensor, self.B0)
+        return torch.cat([self.A, -A0]), torch.cat([self.B, B0], dim=1), self.scale

@@ -1,0 +1,1 @@
+"""Checks, linear algebra, layers and surgery, accounting, registry, files."""

@@ -1,0 +1,71 @@
+"""Argument checks. Every message names the argument, what came, and what was wanted."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_matrix(name: str, value: Tensor) -> None:
+    """Require a finite floating-point matrix without empty sides.
+
+    Raises:
+        TypeError: not a tensor, or not floating point.
+        ValueError: not 2-D, an empty side, or NaN or infinity inside.
+    """
+    check_floating(name, value)
+    if value.ndim != 2 or 0 in value.shape:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted a matrix (m, n) with m, n >= 1")
+    check_finite(name, value)
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    """Require a floating-point tensor.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a torch.Tensor")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: got dtype {value.dtype}, wanted a floating-point dtype")
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Require that no entry is NaN or infinite.
+
+    Raises:
+        ValueError: with the number of bad entries.
+    """
+    bad = int((~torch.isfinite(value)).sum())
+    if bad:
+        raise ValueError(f"{name}: got {bad} NaN or infinite entries of {value.numel()}, wanted finite numbers")
+
+
+def check_rank(rank: int, shape: Sequence[int], name: str = "rank") -> None:
+    """Require an integer rank with 1 <= rank <= min(shape).
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: out of range.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"{name}: got {rank!r} of type {type(rank).__name__}, wanted an integer")
+    if not 1 <= rank <= min(shape):
+        raise ValueError(f"{name}: got {rank}, wanted 1 <= {name} <= {min(shape)} for a {tuple(shape)} matrix")
+
+
+def check_number(
+    name: str, value: float, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
+) -> None:
+    """Require a finite real number in [low, high], or (low, high] with `open_low`.
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: not finite or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, wanted a number")
+    if not math.isfinite(value) or not (low < value if open_low else low <= value) or value > high:
+        raise ValueError(f"{name}: got {value!r}, wanted a finite number in {'(' if open_low else '['}{low}, {high}]")

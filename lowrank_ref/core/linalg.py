@@ -1,0 +1,230 @@
+"""Linear algebra that several papers share: SVD with fixed signs, fast bases, and measures of rank.
+
+A basis of "the top r directions" is always an orthonormal matrix (m, r) for the *column* space of a matrix (m, n); pass
+the transpose for the row space. There are three, from exact to fast:
+
+- `svd_basis`: an SVD, the definition. Slow on a GPU, where it cannot be turned into large matrix products.
+- `gram_basis`: an eigendecomposition of the smaller Gram matrix. The same subspace, except for directions with singular
+  values under about 3e-4 of the largest (in float32).
+- `power_basis`: products and thin QRs only. Nearly the same energy; measure it with `captured_energy`.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lowrank_ref.core.checks import check_finite, check_matrix, check_rank
+
+
+def _work_dtype(W: Tensor) -> torch.dtype:
+    """Decompositions are not defined in half precision: compute those in float32."""
+    return torch.float32 if W.dtype in (torch.float16, torch.bfloat16) else W.dtype
+
+
+def fixed_signs(U: Float[Tensor, "m r"]) -> Float[Tensor, " r"]:
+    """Return the sign (+1 or -1) of the largest-magnitude entry of every column.
+
+    Singular vectors are defined up to a sign, and backends choose differently. Multiplying by these signs makes the
+    choice one rule (the largest entry is positive), so that runs on other hardware follow the same path.
+
+    Args:
+        U: columns to orient, shape (m, r).
+
+    Returns:
+        Signs, shape (r,).
+    """
+    peak = U.gather(0, U.abs().argmax(dim=0, keepdim=True)).squeeze(0)
+    return torch.where(peak < 0, -1.0, 1.0).to(U.dtype)
+
+
+def svd(
+    W: Float[Tensor, "m n"], rank: int | None = None
+) -> tuple[Float[Tensor, "m r"], Float[Tensor, " r"], Float[Tensor, "r n"]]:
+    """Thin SVD with fixed signs, W ≈ U diag(S) Vh, truncated to `rank`.
+
+    Half-precision input is computed in float32 and stays float32.
+
+    Args:
+        W: matrix (m, n), floating point, finite.
+        rank: kept singular values, 1 <= rank <= min(m, n); None keeps all.
+
+    Returns:
+        U (m, r), S (r,) in falling order, Vh (r, n).
+
+    Raises:
+        TypeError, ValueError: W is not a finite floating-point matrix, or rank is out of range.
+
+    Example:
+        >>> U, S, Vh = svd(torch.tensor([[3.0, 0.0], [0.0, -2.0]]))
+        >>> S.tolist(), (U @ S.diag() @ Vh).tolist()
+        ([3.0, 2.0], [[3.0, 0.0], [0.0, -2.0]])
+    """
+    check_matrix("W", W)
+    rank = min(W.shape) if rank is None else rank
+    check_rank(rank, W.shape)
+    U, S, Vh = torch.linalg.svd(W.to(_work_dtype(W)), full_matrices=False)
+    signs = fixed_signs(U)
+    return (U * signs)[:, :rank], S[:rank], (Vh * signs[:, None])[:rank]
+
+
+def svd_basis(G: Float[Tensor, "m n"], rank: int, *, start: Tensor | None = None) -> Float[Tensor, "m r"]:
+    """Orthonormal basis of the top `rank` left singular vectors, by an exact SVD. The definition.
+
+    Args:
+        G: matrix (m, n), floating point, finite.
+        rank: 1 <= rank <= min(m, n).
+        start: ignored; the argument keeps the signature of `power_basis`.
+
+    Returns:
+        P (m, rank), PᵀP = I, in float32 or float64.
+    """
+    return svd(G, rank)[0]
+
+
+def gram_basis(G: Float[Tensor, "m n"], rank: int, *, start: Tensor | None = None) -> Float[Tensor, "m r"]:
+    """Same subspace as `svd_basis`, from an eigendecomposition of the smaller Gram matrix.
+
+    G Gᵀ = U S² Uᵀ, so its top eigenvectors are the top left singular vectors. For a tall G the Gram matrix GᵀG (n, n)
+    is smaller; then U = G V, re-orthonormalised by QR. Squaring loses singular values under sqrt(machine epsilon) of
+    the largest: their directions are arbitrary, and carry next to no energy.
+
+    Args:
+        G: matrix (m, n), floating point, finite.
+        rank: 1 <= rank <= min(m, n).
+        start: ignored; the argument keeps the signature of `power_basis`.
+
+    Returns:
+        P (m, rank), PᵀP = I, in float32 or float64.
+    """
+    check_matrix("G", G)
+    check_rank(rank, G.shape)
+    X = G.to(_work_dtype(G))
+    X = X / X.abs().max().clamp_min(torch.finfo(X.dtype).tiny)  # gradients of 1e-20 would underflow when squared
+    m, n = X.shape
+    if m <= n:
+        P = torch.linalg.eigh(X @ X.T).eigenvectors[:, -rank:].flip(1)
+    else:
+        V = torch.linalg.eigh(X.T @ X).eigenvectors[:, -rank:].flip(1)
+        P = torch.linalg.qr(X @ V).Q
+    return P * fixed_signs(P)
+
+
+def power_basis(
+    G: Float[Tensor, "m n"],
+    rank: int,
+    *,
+    start: Float[Tensor, "m r"] | None = None,
+    iterations: int = 2,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "m r"]:
+    """Approximate the top left singular subspace by randomised subspace iteration (Halko, Martinsson and Tropp 2011).
+
+    Only products with G and thin QR factorisations: by far the cheapest on a GPU. A `start` basis, such as that of the
+    last refresh, replaces the random one and needs fewer iterations.
+
+    Args:
+        G: matrix (m, n), floating point, finite.
+        rank: 1 <= rank <= min(m, n).
+        start: starting basis (m, rank), or None for Gaussian noise.
+        iterations: products with G Gᵀ, >= 0; each sharpens the basis by the squared ratio of singular values.
+        generator: source of the Gaussian noise.
+
+    Returns:
+        P (m, rank), PᵀP = I, in float32 or float64.
+    """
+    check_matrix("G", G)
+    check_rank(rank, G.shape)
+    if iterations < 0:
+        raise ValueError(f"iterations: got {iterations}, wanted >= 0")
+    X = G.to(_work_dtype(G))
+    if start is not None and start.shape == (X.shape[0], rank):
+        Y = start.to(X.dtype)
+    else:
+        device = generator.device if generator is not None else X.device
+        Y = X @ torch.randn(X.shape[1], rank, generator=generator, dtype=X.dtype, device=device).to(X.device)
+    P = torch.linalg.qr(Y).Q
+    for _ in range(iterations):
+        P = torch.linalg.qr(X @ torch.linalg.qr(X.T @ P).Q).Q
+    return P * fixed_signs(P)
+
+
+def randomized_svd(
+    W: Float[Tensor, "m n"],
+    rank: int,
+    *,
+    oversample: int = 8,
+    iterations: int = 2,
+    generator: torch.Generator | None = None,
+) -> tuple[Float[Tensor, "m r"], Float[Tensor, " r"], Float[Tensor, "r n"]]:
+    """Truncated SVD from a random sketch: project on `power_basis`, take the exact SVD of the small rest.
+
+    Args:
+        W: matrix (m, n), floating point, finite.
+        rank: 1 <= rank <= min(m, n).
+        oversample: extra sketch columns, >= 0; the sketch never exceeds min(m, n).
+        iterations: power iterations, >= 0.
+        generator: source of the sketch.
+
+    Returns:
+        U (m, rank), S (rank,), Vh (rank, n), with fixed signs.
+    """
+    check_matrix("W", W)
+    check_rank(rank, W.shape)
+    Q = power_basis(W, min(rank + oversample, *W.shape), iterations=iterations, generator=generator)
+    U, S, Vh = svd(Q.T @ W.to(Q.dtype), rank)
+    U = Q @ U
+    signs = fixed_signs(U)
+    return U * signs, S, Vh * signs[:, None]
+
+
+def captured_energy(G: Float[Tensor, "m n"], P: Float[Tensor, "m r"]) -> float:
+    """Share of ‖G‖_F² that survives projection on an orthonormal basis, ‖PᵀG‖² / ‖G‖².
+
+    Args:
+        G: matrix (m, n).
+        P: orthonormal columns (m, r).
+
+    Returns:
+        A share in [0, 1]; 1.0 for G = 0, where nothing is lost.
+    """
+    check_finite("G", G)
+    total = G.to(P.dtype).square().sum()
+    return float((P.T @ G.to(P.dtype)).square().sum() / total) if total > 0 else 1.0
+
+
+def effective_rank(S: Float[Tensor, " r"]) -> float:
+    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007).
+
+    Args:
+        S: singular values, >= 0, not all zero.
+
+    Returns:
+        A number between 1 (one direction) and len(S) (all equal).
+
+    Raises:
+        ValueError: a negative entry, or all zero.
+
+    Example:
+        >>> round(effective_rank(torch.tensor([1.0, 1.0, 0.0])), 6)
+        2.0
+    """
+    check_finite("S", S)
+    if bool((S < 0).any()) or not bool((S > 0).any()):
+        raise ValueError("S: got a negative entry or all zeros, wanted singular values >= 0 with at least one > 0")
+    p = S.double() / S.double().sum()
+    return float(torch.exp(-torch.special.xlogy(p, p).sum()))
+
+
+def stable_rank(S: Float[Tensor, " r"]) -> float:
+    """‖W‖_F² / ‖W‖_2² from the singular values: a rank that small values cannot inflate.
+
+    Args:
+        S: singular values, >= 0, not all zero.
+
+    Returns:
+        A number between 1 and len(S).
+    """
+    check_finite("S", S)
+    if not bool((S > 0).any()):
+        raise ValueError("S: got all zeros, wanted at least one singular value > 0")
+    return float(S.double().square().sum() / S.double().max().square())

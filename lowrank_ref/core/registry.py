@@ -1,0 +1,109 @@
+"""One card per paper: what ties a paper's file, test and chapter together.
+
+A paper's module ends with `PAPER = PaperInfo(...)`. Nothing registers itself on import: `papers()` walks the parts and
+collects the cards, so that the list never depends on who imported what.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Part -> (title, the papers planned for it). A module, its test and its chapter carry the paper's name.
+PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "adapters": (
+        "How to write the update",
+        ("lora", "svfit", "randlora", "nola", "loldu", "lora_sb", "lora_squeeze", "allora", "ba_lora", "sara"),
+    ),
+    "ranks": ("How much rank, and where", ("sora", "increlora", "diffora", "codyra", "bayesian_lora")),
+    "optimizers": ("Low-rank gradients", ("galore", "fira", "dct_adamw", "efficient_pretraining")),
+    "pretraining": ("Low-rank (and sparse) from the start", ("sltrain", "lost", "sst")),
+    "compression": ("Making a trained network low-rank", ("trp", "maestro", "welore", "pela")),
+    "lowbit": ("Few bits, ternary weights", ("low_precision", "hgf")),
+    "robustness": (
+        "Staying right when inputs move",
+        ("ramp", "natra", "efficient_robustification", "lr0_fm", "cgbc", "ranking_robustness", "r_mtgb"),
+    ),
+    "analysis": ("What the updates look like", ("artificial_entanglement",)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperInfo:
+    """What the book and the tests know about one paper.
+
+    Attributes:
+        key: module, test and chapter name, and the key in `references.bib`.
+        part: folder in the three trees, a key of `PARTS`.
+        title: the paper's title.
+        authors: names in the paper's order.
+        year: of the arXiv version read.
+        arxiv: identifier with version, such as "2106.09685v2".
+        summary: one sentence on why to read the chapter.
+        official_code: repository as "owner/name", or "" where none is known.
+        code_licence: licence of that repository.
+        equations: what the paper calls it -> name of the function here.
+        deviations: where this file departs from paper or official code, and why.
+        aliases: other names readers search for.
+        status: "draft", "checked" (compared with official code) or "frozen".
+        verified: ISO date of the last full check.
+        layers: name -> factory(base, generator) of an `AdaptedLinear`, walked by the test battery.
+        optimizers: name -> factory(params) of an optimizer, walked by the test battery.
+    """
+
+    key: str
+    part: str
+    title: str
+    authors: tuple[str, ...]
+    year: int
+    arxiv: str
+    summary: str
+    official_code: str = ""
+    code_licence: str = ""
+    equations: dict[str, str] = field(default_factory=dict)
+    deviations: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    status: str = "draft"
+    verified: str = ""
+    layers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    optimizers: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.part not in PARTS:
+            raise ValueError(f"part: got {self.part!r}, wanted one of {sorted(PARTS)}")
+        if self.key not in PARTS[self.part][1]:
+            raise ValueError(f"key: got {self.key!r}, wanted one of {PARTS[self.part][1]}")
+        if self.status not in ("draft", "checked", "frozen"):
+            raise ValueError(f"status: got {self.status!r}, wanted 'draft', 'checked' or 'frozen'")
+
+    @property
+    def module(self) -> str:
+        """Import path of the paper's file."""
+        return f"lowrank_ref.{self.part}.{self.key}"
+
+
+def papers() -> dict[str, PaperInfo]:
+    """Collect the cards of all papers that exist, in the order of `PARTS`.
+
+    Returns:
+        key -> PaperInfo.
+
+    Raises:
+        ValueError: a module of a paper carries no `PAPER`, or one whose key or part is not its own place.
+
+    Example:
+        >>> papers()["lora"].arxiv
+        '2106.09685v2'
+    """
+    found = {}
+    for part, (_, keys) in PARTS.items():
+        for key in keys:
+            name = f"lowrank_ref.{part}.{key}"
+            if importlib.util.find_spec(name) is None:
+                continue
+            info = getattr(importlib.import_module(name), "PAPER", None)
+            if info is None or (info.part, info.key) != (part, key):
+                raise ValueError(f"{name}.PAPER: got {info!r}, wanted a PaperInfo with part={part!r} and key={key!r}")
+            found[key] = info
+    return found

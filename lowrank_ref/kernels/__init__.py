@@ -1,0 +1,1 @@
+"""Triton fast paths; each stands beside a plain PyTorch definition in its paper's file."""

@@ -1,0 +1,1 @@
+"""What chapters share: data, models, training, comparison, explorers. Papers' files never import it."""

@@ -1,0 +1,1 @@
+"""Few bits, ternary weights."""

@@ -1,0 +1,1 @@
+"""Weights that are low-rank (and sparse) from the start."""

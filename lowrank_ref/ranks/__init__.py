@@ -1,0 +1,1 @@
+"""How much rank, and where."""

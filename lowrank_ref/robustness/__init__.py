@@ -1,0 +1,1 @@
+"""Staying right when inputs move."""
