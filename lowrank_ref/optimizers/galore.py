@@ -1,0 +1,213 @@
+r"""GaLore: keep the full weight, run Adam on a low-rank projection of its gradient.
+
+Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", arXiv 2403.03507v2.
+
+| in the paper (algorithms 1 and 2)             | here                                   |
+|-----------------------------------------------|----------------------------------------|
+| P, Q: top singular vectors of G every T steps | `projectors`                           |
+| R = PᵀG, R = GQ, or R = PᵀGQ                  | `project`                              |
+| N = M/(√V + ε), M and V of the size of R      | `adam_direction`                       |
+| G̃ = α·PN                                      | `project_back`                         |
+| W ← W - η·G̃                                   | `GaLoreAdamW`, `GaLoreSGD`             |
+
+Letters: W and G are (m, n); left basis P (m, r), right basis Q (n, r), rank r; `gap` is T, `scale` is α, `lr` is η.
+
+Deviations. Bases come from `gram_basis` unless another is given: the subspace of the SVD at a fraction of its time;
+pass `svd_basis` for the definition. Their signs are fixed, so that runs on other hardware follow the same path. As in
+the official code (and not in `torch.optim`) ε is added before bias correction, the moments survive a change of basis
+unrotated, and weight decay comes after the step, unscaled by α. Its Tucker projector, which ignores Adam's output, is
+left out.
+Adafactor, 8-bit moments and per-layer updates are in `galore_variants.py`.
+
+Cost per matrix, k = min(m, n), K = max(m, n): state 2rK + rk numbers instead of 2mn; two products of 2rmn FLOPs a step.
+Works under DDP, where every rank sees the same averaged gradient. Not under FSDP2: a shard's gradient has another SVD.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lowrank_ref.core.checks import check_number
+from lowrank_ref.core.linalg import gram_basis
+from lowrank_ref.core.registry import PaperInfo
+from lowrank_ref.optimizers.projected import ProjectedOptimizer, sides
+
+Basis = Callable[..., Tensor]
+
+
+def projectors(
+    G: Float[Tensor, "m n"], rank: int, *, side: str = "smaller", basis: Basis = gram_basis, old: dict | None = None
+) -> dict[str, Tensor]:
+    """Return {"left": P (m, r)} and/or {"right": Q (n, r)}: orthonormal bases of the top singular subspaces of G.
+
+    Args:
+        G: gradient (m, n), finite. Half precision is decomposed in float32 and rounded back.
+        rank: 1 <= rank <= min(m, n).
+        side: see `sides`.
+        basis: `gram_basis`, `svd_basis` or `power_basis`; called as basis(G, rank, start=old basis or None).
+        old: the last bases, a warm start for `power_basis`.
+    """
+    left, right = sides((G.shape[0], G.shape[1]), side)
+    old = old or {}
+    found = {}
+    if left:
+        found["left"] = basis(G, rank, start=old.get("left")).to(G.dtype)
+    if right:
+        found["right"] = basis(G.T, rank, start=old.get("right")).to(G.dtype)
+    return found
+
+
+def project(
+    G: Float[Tensor, "m n"], *, left: Float[Tensor, "m r"] | None = None, right: Float[Tensor, "n r"] | None = None
+) -> Tensor:
+    """Return PᵀG (r, n), GQ (m, r) or PᵀGQ (r, r); G itself without a basis."""
+    R = G if left is None else left.T @ G
+    return R if right is None else R @ right
+
+
+def project_back(
+    N: Tensor, *, left: Float[Tensor, "m r"] | None = None, right: Float[Tensor, "n r"] | None = None
+) -> Tensor:
+    """Return PN, NQᵀ or PNQᵀ, shape (m, n): the direction in the space of the weight."""
+    D = N if left is None else left @ N
+    return D if right is None else D @ right.T
+
+
+def adam_direction(R: Tensor, M: Tensor, V: Tensor, step: int, *, betas: tuple[float, float], eps: float) -> Tensor:
+    """Update the moments M and V in place and return Adam's direction, bias correction included.
+
+    Args:
+        R: (projected) gradient; M, V: its moments, same shape.
+        step: t >= 1.
+        betas: (β₁, β₂), each in [0, 1).
+        eps: added to √V before bias correction.
+    """
+    M.lerp_(R, 1 - betas[0])
+    V.mul_(betas[1]).addcmul_(R, R, value=1 - betas[1])
+    correction = math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step)
+    return M / V.sqrt().add_(eps) * correction
+
+
+class GaLore(ProjectedOptimizer):
+    """Base of the GaLore optimizers: projects, asks `direction` for the step in the small space, projects back.
+
+    Args:
+        params: parameters or groups. A group with a "rank" is projected and holds matrices only; groups without one
+            get the plain optimizer with the unscaled lr.
+        lr: η >= 0.
+        rank: r of groups that name none; None leaves them unprojected. An r above min(m, n) of a matrix is an error.
+        gap: T >= 1, steps between two changes of basis.
+        scale: α > 0, multiplies lr in projected groups.
+        side: see `sides`.
+        weight_decay: λ >= 0, decoupled.
+        basis: how to find the projectors, see `projectors`.
+
+    Raises:
+        TypeError, ValueError: an option out of range, a projected parameter that is no matrix. On `step`: a gradient
+            with NaN or infinity; parameters and state are then unchanged.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.01,
+        *,
+        rank: int | None = None,
+        gap: int = 200,
+        scale: float = 0.25,
+        side: str = "smaller",
+        weight_decay: float = 0.0,
+        basis: Basis = gram_basis,
+        **options: Any,
+    ) -> None:
+        self.basis = basis
+        shared = {"lr": lr, "rank": rank, "gap": gap, "scale": scale, "side": side, "weight_decay": weight_decay}
+        super().__init__(params, {**shared, **options})
+
+    def update(self, p: Tensor, group: dict[str, Any]) -> None:
+        """Take one step of one parameter from its gradient."""
+        state, G = self.state[p], p.grad
+        assert G is not None
+        state["step"] = state.get("step", 0) + 1
+        if group["rank"] is not None and (state["step"] - 1) % group["gap"] == 0:
+            state.update(projectors(G, group["rank"], side=group["side"], basis=self.basis, old=state))
+        bases = {key: state[key] for key in ("left", "right") if key in state}
+        D = project_back(self.direction(project(G, **bases), state, group), **bases)
+        p.add_(D, alpha=-group["lr"] * (group["scale"] if bases else 1.0))
+        if group["weight_decay"]:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+
+    def direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """Return the step for the (projected) gradient R, its shape, and update the state."""
+        raise NotImplementedError
+
+
+class GaLoreAdamW(GaLore):
+    """GaLore with Adam's moments; options as `GaLore`, and betas (β₁, β₂) in [0, 1) and eps >= 0.
+
+    Example:
+        >>> W = torch.nn.Parameter(torch.randn(6, 4))
+        >>> optimizer = GaLoreAdamW([{"params": [W], "rank": 2}], lr=0.01, gap=100)
+        >>> (W**2).sum().backward()
+        >>> optimizer.step()
+        >>> {key: tuple(value.shape) for key, value in optimizer.state[W].items() if key != "step"}
+        {'right': (4, 2), 'M': (6, 2), 'V': (6, 2)}
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.01,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        **options: Any,
+    ) -> None:
+        check_number("betas[0]", betas[0], low=0, high=1 - 1e-12)
+        check_number("betas[1]", betas[1], low=0, high=1 - 1e-12)
+        check_number("eps", eps, low=0)
+        super().__init__(params, lr, betas=tuple(betas), eps=eps, **options)
+
+    def direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """Return Adam's direction."""
+        if "M" not in state:
+            state["M"], state["V"] = torch.zeros_like(R), torch.zeros_like(R)
+        return adam_direction(R, state["M"], state["V"], state["step"], betas=group["betas"], eps=group["eps"])
+
+
+class GaLoreSGD(GaLore):
+    """GaLore without moments: the step is the projected gradient. Options as `GaLore`."""
+
+    def direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """Return R."""
+        return R
+
+
+PAPER = PaperInfo(
+    key="galore",
+    part="optimizers",
+    title="GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
+    authors=(
+        "Jiawei Zhao",
+        "Zhenyu Zhang",
+        "Beidi Chen",
+        "Zhangyang Wang",
+        "Anima Anandkumar",
+        "Yuandong Tian",
+    ),
+    year=2024,
+    arxiv="2403.03507v2",
+    summary="Train every weight in full, and keep Adam's state only for the top directions of each gradient.",
+    official_code="jiaweizzhao/GaLore",
+    code_licence="Apache-2.0",
+    equations={"algorithm 2: projector": "projectors", "R": "project", "N": "adam_direction", "G̃": "project_back"},
+    deviations=("bases from the Gram matrix, with fixed signs", "no Tucker projector"),
+    aliases=("gradient low-rank projection", "GaLoreAdamW", "GaLore 8-bit"),
+    status="checked",
+    verified="2026-11-23",
+    optimizers={"GaLoreAdamW": GaLoreAdamW, "GaLoreSGD": GaLoreSGD},
+)
