@@ -1,0 +1,93 @@
+"""What the benchmarks share: timing on a GPU, peak memory, and the provenance that goes into every results file."""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MIB = 2**20
+
+
+def arguments(description: str, parts: tuple[str, ...]) -> argparse.Namespace:
+    """Read `--out FILE.json`, `--part NAME` (default all), `--tiny` (seconds, measures nothing) and `--device`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--part", choices=parts, action="append", help="run only this part; may be given twice")
+    parser.add_argument("--out", type=Path, required=True, help="results file, JSON")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes: checks the script, measures nothing")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    args.part = args.part or list(parts)
+    return args
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def provenance(packages: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Say when, on what and with which versions a result was measured, and the command that repeats it."""
+    cuda = torch.cuda.is_available()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": torch.cuda.get_device_name() if cuda else platform.machine() + " CPU",
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("torch", *packages)},
+        "command": f"python tests/benchmarks/{Path(sys.argv[0]).name} --out RESULTS.json",
+    }
+
+
+def save(path: Path, part: str, results: dict[str, Any], packages: tuple[str, ...] = ()) -> None:
+    """Write one part into a results file, with its own provenance; the other parts of the file stay."""
+    whole = json.loads(path.read_text()) if path.exists() else {}
+    whole[part] = {**results, "provenance": provenance(packages)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
+
+
+@torch.no_grad()
+def evaluate(model: Any, data: Callable[[int], Any], count: int, device: str) -> float:
+    """Mean loss of a language model, in nats per token, over `count` fixed batches."""
+    return float(torch.stack([model.loss(*(t.to(device) for t in data(i))) for i in range(count)]).mean())
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def reset_peak() -> None:
+    """Start a new peak-memory measurement."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_mib() -> float:
+    """Return the peak of allocated GPU memory since `reset_peak`, in MiB (0 without a GPU)."""
+    return torch.cuda.max_memory_allocated() / MIB if torch.cuda.is_available() else 0.0
+
+
+def milliseconds(run: Callable[[], Any], *, repeats: int = 10, warmup: int = 3) -> dict[str, float]:
+    """Time `run` after a warm-up; return median and spread (max - min) in ms."""
+    times = []
+    for i in range(warmup + repeats):
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        if i >= warmup:
+            times.append(1000 * (time.perf_counter() - start))
+    return {"median_ms": round(statistics.median(times), 3), "spread_ms": round(max(times) - min(times), 3)}
