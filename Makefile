@@ -1,0 +1,38 @@
+# `make book` builds the book, `make test` checks everything. Both work on a bare machine with Python 3.11 or newer.
+PYTHON ?= python3
+RUN := .venv/bin/python
+INSTALLED := .venv/.installed
+
+.PHONY: help book test unit notebooks lab clean
+
+help: ## list the commands
+	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | expand -t 12
+
+book: $(INSTALLED) ## run every chapter and build _build/html
+	@$(RUN) book/tools/execute.py
+	@$(RUN) book/tools/build.py _build/book
+
+test: $(INSTALLED) ## all checks: style, types, unit tests, chapters, pages
+	@$(RUN) book/tools/check.py
+
+unit: $(INSTALLED) ## the unit tests only
+	@$(RUN) book/tools/check.py unit
+
+notebooks: $(INSTALLED) ## run the chapters in place and refresh their outputs
+	@$(RUN) book/tools/execute.py --in-place
+
+lab: $(INSTALLED) ## open the chapters in JupyterLab
+	@$(RUN) -m jupyterlab book
+
+clean: ## remove what was built, and the virtual environment
+	rm -rf _build .venv
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + ". Another one: make PYTHON=python3.12 book")'
+	@echo "[1/3] making .venv"
+	@$(PYTHON) -m venv .venv
+	@echo "[2/3] installing torch"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@echo "[3/3] installing the package, the book's tools and the tests' (some minutes)"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[book,test,peers]"
+	@touch $@

@@ -1,0 +1,63 @@
+"""Every link to the project follows from the address in pyproject.toml."""
+
+import re
+
+import links
+import nbformat
+import pytest
+from links import ROOT, mend
+
+OLD = "https://github.com/OWNER/lowrank-ref"
+NEW = "https://github.com/alice/low-rank"
+
+
+@pytest.mark.parametrize("path", links.files_with_links(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_follow_from_pyproject(path):
+    text = path.read_text(encoding="utf-8")
+    assert mend(text, links.repository()) == text, "run: python book/tools/links.py --write"
+
+
+@pytest.mark.parametrize("path", links.files_with_links(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_linked_files_exist(path):
+    ours = rf"{links.owner_and_name(links.repository())}/(?:(?:blob|tree)/)?{links.BRANCH}(?:\?urlpath=lab/tree)?"
+    for target in re.findall(rf'{ours}/([^\s)"\\#?>\]]+)', path.read_text(encoding="utf-8")):
+        assert (ROOT / target).exists(), f"{path.name} links to {target}"
+
+
+@pytest.mark.parametrize("path", links.chapters(), ids=lambda path: path.stem)
+def test_first_code_cell_installs(path):
+    code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert code[0].source == links.install_cell()
+    assert code[0].metadata.tags == ["remove-cell"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (f"{OLD}/blob/main/README.md", f"{NEW}/blob/main/README.md"),
+        (f"see {OLD}.", f"see {NEW}."),
+        (f'%pip install -q "lowrank-ref[book] @ git+{OLD}"', f'%pip install -q "lowrank-ref[book] @ git+{NEW}"'),
+        (
+            "https://colab.research.google.com/github/OWNER/lowrank-ref/blob/main/book/primer.ipynb",
+            "https://colab.research.google.com/github/alice/low-rank/blob/main/book/primer.ipynb",
+        ),
+        (
+            "https://mybinder.org/v2/gh/OWNER/lowrank-ref/main?urlpath=lab/tree/book/primer.ipynb",
+            "https://mybinder.org/v2/gh/alice/low-rank/main?urlpath=lab/tree/book/primer.ipynb",
+        ),
+        (NEW, NEW),
+        ("https://github.com/microsoft/LoRA", "https://github.com/microsoft/LoRA"),
+        ("https://github.com/OWNER/lowrank-ref-other", "https://github.com/OWNER/lowrank-ref-other"),
+    ],
+)
+def test_mend(before, after):
+    assert mend(before, NEW) == after
+
+
+def test_addresses(monkeypatch):
+    monkeypatch.setattr(links, "repository", lambda: NEW)
+    path = "book/primer.ipynb"
+    assert links.colab(path) == "https://colab.research.google.com/github/alice/low-rank/blob/main/book/primer.ipynb"
+    assert links.binder(path) == "https://mybinder.org/v2/gh/alice/low-rank/main?urlpath=lab/tree/book/primer.ipynb"
+    assert links.source(path) == f"{NEW}/blob/main/book/primer.ipynb"
+    assert f'%pip install -q "lowrank-ref[book] @ git+{NEW}"' in links.install_cell()

@@ -1,0 +1,257 @@
+"""One file, one test file, one chapter per paper, and chapters that keep the rules of the book."""
+
+import ast
+import base64
+import json
+import re
+
+import api_pages
+import links
+import nbformat
+import pytest
+import yaml
+from links import ROOT
+from pybtex.database import parse_file
+
+from lowrank_ref.core.registry import papers
+
+BOOK = ROOT / "book"
+PAPERS = papers()
+CHAPTERS = links.chapters()
+
+#: Words that name the sections of a paper's chapter, in their order.
+SECTIONS = (
+    "picture",
+    "problem",
+    "idea",
+    "check",
+    "experiment",
+    "scale",
+    "use it",
+    "breaks",
+    "exercises",
+    "references",
+)
+LONGEST_FILE = 250
+LONGEST_FUNCTION = 8
+LONGEST_LINE = 88
+
+each_paper = pytest.mark.parametrize("paper", PAPERS.values(), ids=lambda paper: paper.key)
+each_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: str(path.relative_to(BOOK)))
+
+
+def toc() -> list[str]:
+    """Every file in the table of contents, without suffix."""
+    table = yaml.safe_load((BOOK / "_toc.yml").read_text())
+    found = [table["root"]]
+
+    def walk(entries):
+        for entry in entries:
+            found.extend([entry["file"]] if "file" in entry else [])
+            walk(entry.get("chapters", []))
+            walk(entry.get("sections", []))
+
+    walk(table["parts"])
+    return found
+
+
+def cells(path, kind):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+
+
+def tags(cell):
+    return cell.metadata.get("tags", [])
+
+
+def parsed(cell):
+    """The cell's syntax tree, with magics left out."""
+    return ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.MULTILINE))
+
+
+def texts(output):
+    """What an output shows as text."""
+    data = output.get("data", {})
+    return [output.get("text", ""), *(text for mime, text in data.items() if mime.startswith("text/"))]
+
+
+# --- the three trees
+
+
+@each_paper
+def test_file_is_short(paper):
+    lines = (ROOT / "lowrank_ref" / paper.part / f"{paper.key}.py").read_text().splitlines()
+    assert len(lines) <= LONGEST_FILE
+
+
+@each_paper
+def test_paper_has_its_test(paper):
+    assert (ROOT / "tests" / paper.part / f"test_{paper.key}.py").exists()
+
+
+@each_paper
+def test_paper_has_its_chapter_in_the_toc(paper):
+    assert (BOOK / paper.part / f"{paper.key}.ipynb").exists()
+    assert f"{paper.part}/{paper.key}" in toc()
+
+
+@each_paper
+def test_paper_has_its_bibtex(paper):
+    entry = parse_file(BOOK / "references.bib").entries[paper.key]
+    assert entry.fields["title"].replace("{", "").replace("}", "") == paper.title
+    assert entry.fields["eprint"] == paper.arxiv.partition("v")[0]
+
+
+@each_paper
+def test_equations_name_functions(paper):
+    source = (ROOT / "lowrank_ref" / paper.part / f"{paper.key}.py").read_text()
+    names = {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert paper.equations and set(paper.equations.values()) <= names
+
+
+def test_each_module_of_a_part_has_a_test():
+    parts = {paper.part for paper in PAPERS.values()} | {"core", "lab"}
+    for module in api_pages.public_modules():
+        _, part, name = module.split(".")
+        if part in parts:
+            assert (ROOT / "tests" / part / f"test_{name}.py").exists(), module
+
+
+def test_each_public_module_has_a_page():
+    pages = ROOT / "_build" / "html" / "api"
+    if not pages.exists():
+        pytest.skip("no pages yet: python book/tools/build.py")
+    missing = [name for name in api_pages.public_modules() if not (pages / f"{name}.html").exists()]
+    assert missing == []
+
+
+def test_toc_and_folders_agree():
+    listed = {f"{name}.ipynb" for name in toc()} | {f"{name}.md" for name in toc()}
+    assert [path for path in CHAPTERS if str(path.relative_to(BOOK)) not in listed] == []
+    assert [name for name in toc() if not list(BOOK.glob(f"{name}.*"))] == []
+
+
+def test_results_say_where_they_come_from():
+    wanted = {"date", "hardware", "versions", "command"}
+    for path in (BOOK / "results").glob("*.json"):
+        if path.name != "timings.json":
+            for name, part in json.loads(path.read_text()).items():
+                missing = wanted - set(part["provenance"])
+                assert not missing, f"{path.name}, {name} lacks {missing}"
+
+
+# --- what a reader sees in a chapter
+
+
+@each_paper
+def test_sections_of_a_paper(paper):
+    heads = [
+        line.lower()
+        for cell in cells(BOOK / paper.part / f"{paper.key}.ipynb", "markdown")
+        for line in cell.source.split("\n")
+        if line.startswith("## ")
+    ]
+    rest = iter(heads)
+    missing = [word for word in SECTIONS if not any(word in head for head in rest)]
+    assert missing == [], f"wanted these sections in this order: {SECTIONS}, got {heads}"
+
+
+@each_paper
+def test_three_exercises_with_solutions(paper):
+    text = "\n".join(cell.source for cell in cells(BOOK / paper.part / f"{paper.key}.ipynb", "markdown"))
+    exercises = re.findall(r"^:::+\{exercise\}.*?^:label: (\S+)$", text, re.MULTILINE | re.DOTALL)
+    solutions = re.findall(r"^:::+\{solution(?:-start)?\} (\S+)$", text, re.MULTILINE)
+    assert len(exercises) >= 3
+    assert sorted(solutions) == sorted(exercises)
+
+
+@each_chapter
+def test_outputs_are_fresh(path):
+    """nbval trusts a notebook without counts, so this does not."""
+    code = [cell for cell in cells(path, "code") if cell.source.strip()]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run: make notebooks"
+
+
+@each_chapter
+def test_cells_that_print_have_outputs(path):
+    for cell in cells(path, "code"):
+        if {"nbval-ignore-output", "raises-exception"} & set(tags(cell)):
+            continue
+        shows = [
+            statement
+            for statement in parsed(cell).body
+            if isinstance(statement, ast.Expr)
+            and isinstance(statement.value, ast.Call)
+            and ast.unparse(statement.value.func) in ("print", "plt.show", "display")
+        ]
+        assert not shows or cell.outputs, f"no output stored for:\n{cell.source}"
+
+
+@each_chapter
+def test_outputs_hold_no_errors_and_no_paths(path):
+    for cell in cells(path, "code"):
+        for output in cell.outputs:
+            assert output.output_type != "error" or "raises-exception" in tags(cell), output.get("evalue")
+            assert output.get("name") != "stderr", f"a warning is shown: {output.get('text')}"
+            for text in texts(output):
+                assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users|usr)/", text), text[:500]
+
+
+@each_chapter
+def test_outputs_load_nothing(path):
+    for cell in cells(path, "code"):
+        for text in (text for output in cell.outputs for text in texts(output)):
+            assert not re.search(r"""(src|href)=["'](https?:)?//|url\(["']?https?:""", text), text[:500]
+
+
+@each_chapter
+def test_figures_have_alt_texts(path):
+    for cell in cells(path, "code"):
+        images = [out for out in cell.outputs if any(mime.startswith("image/") for mime in out.get("data", {}))]
+        if images and "remove-output" not in tags(cell):
+            alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+            assert len(alt) >= 20, f"mystnb.image.alt: got {alt!r}, wanted 20 characters or more, for:\n{cell.source}"
+
+
+@each_chapter
+def test_figures_are_narrow(path):
+    """A picture wider than the text column is shrunk until its letters cannot be read."""
+    for cell in cells(path, "code"):
+        for png in (out["data"]["image/png"] for out in cell.outputs if "image/png" in out.get("data", {})):
+            width = int.from_bytes(base64.b64decode(png)[16:20], "big")
+            assert width <= 1600, f"got {width} pixels"
+
+
+@each_chapter
+def test_explorers_have_labels(path):
+    for cell in cells(path, "code"):
+        for text in (text for output in cell.outputs for text in texts(output)):
+            for tag in re.findall(r"<div[^>]*class=\"[^\"]*lr-explore[^>]*>", text):
+                assert re.search(r'aria-label="[^"]{20,}"', tag), tag
+
+
+@each_chapter
+def test_methods_live_in_the_package(path):
+    """A chapter imports what it teaches: no class, no long function, except for plots."""
+    for cell in cells(path, "code"):
+        for node in ast.walk(parsed(cell)):
+            assert not isinstance(node, ast.ClassDef), f"class {getattr(node, 'name', '')}"
+            if isinstance(node, ast.FunctionDef) and "plot" not in tags(cell):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= LONGEST_FUNCTION, f"def {node.name}: got {length} lines, wanted {LONGEST_FUNCTION}"
+
+
+@each_chapter
+def test_lines_are_short(path):
+    for cell in cells(path, "code"):
+        for line in cell.source.split("\n"):
+            assert len(line) <= LONGEST_LINE, line
+
+
+@each_chapter
+def test_notebook_is_normalised(path):
+    """Fixed cell ids, no machine's metadata: two people's runs differ in results only."""
+    notebook = json.loads(path.read_text())
+    assert [cell["id"] for cell in notebook["cells"]] == [f"c{i:02d}" for i in range(1, len(notebook["cells"]) + 1)]
+    assert set(notebook["metadata"]) == {"kernelspec", "language_info"}
+    assert all(set(cell["metadata"]) <= {"tags", "mystnb"} for cell in notebook["cells"])
+    assert path.stat().st_size <= 1_000_000
