@@ -3,6 +3,7 @@
 from lowrank_ref.adapters.lora import LoRALinear, lora_plus_groups, lora_scaling, rslora_scaling
 from lowrank_ref.adapters.lora_layers import LoRAConv2d, LoRAEmbedding
 from lowrank_ref.adapters.lora_relatives import DoRALinear, PiSSALinear
+from lowrank_ref.adapters.peft_format import load_peft, save_peft
 
 __all__ = [
     "DoRALinear",
@@ -10,7 +11,9 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "PiSSALinear",
+    "load_peft",
     "lora_plus_groups",
     "lora_scaling",
     "rslora_scaling",
+    "save_peft",
 ]

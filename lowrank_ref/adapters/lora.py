@@ -137,7 +137,7 @@ class LoRALinear(AdaptedLinear):
         check_number("dropout", dropout, low=0, high=1 - 1e-9)
         super().__init__(base)
         self.rank, self.scale = rank, scaling(alpha, rank)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout).train(base.training)
         A, B = self.initial_factors(W.detach(), generator)
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
 
@@ -154,7 +154,7 @@ class LoRALinear(AdaptedLinear):
         return lora_update(self.dropout(x), self.A, self.B, self.scale)
 
     def lora_factors(self) -> tuple[Tensor, Tensor, float]:
-        """Return (A, B, s) with W + s·BA the weight of the merged layer: what export to PEFT's format writes."""
+        """Return (A, B, s) with ΔW = s·BA (before DoRA rescales): what export to PEFT's format writes."""
         return self.A, self.B, self.scale
 
 

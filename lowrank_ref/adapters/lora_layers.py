@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_ref.adapters.lora import delta_weight, init_factors, lora_scaling
-from lowrank_ref.core.checks import check_number, check_rank
+from lowrank_ref.core.checks import check_floating, check_number
 from lowrank_ref.core.layers import Adapter
 
 
@@ -21,7 +21,7 @@ class LoRAEmbedding(Adapter):
     """A frozen embedding (num, dim) with a trained update s·(BA)ᵀ; A = 0 and B is random, the reverse of `LoRALinear`.
 
     Args:
-        base: `nn.Embedding` without `max_norm` (which rewrites the weight in forward).
+        base: `nn.Embedding` itself (subclasses rescale its rows) without `max_norm` (which rewrites them in forward).
         rank: r, 1 <= r <= min(num, dim).
         alpha: α > 0; the scale is `scaling(alpha, rank)`.
         scaling: `lora_scaling` or `rslora_scaling`.
@@ -40,15 +40,16 @@ class LoRAEmbedding(Adapter):
         scaling: Callable[[float, int], float] = lora_scaling,
         generator: torch.Generator | None = None,
     ) -> None:
-        if not isinstance(base, nn.Embedding) or base.max_norm is not None:
+        if type(base) is not nn.Embedding or base.max_norm is not None:
             raise TypeError(f"base: got {base!r}, wanted nn.Embedding without max_norm")
-        check_rank(rank, base.weight.shape)
+        check_floating("base.weight", base.weight)
         check_number("alpha", alpha, low=0, open_low=True)
+        uniform, zero = init_factors(base.weight.detach(), rank, generator)  # (r, dim), (num, r)
         super().__init__(base)
         self.rank, self.scale = rank, scaling(alpha, rank)
-        start, A = init_factors(base.weight.detach(), rank, generator)
-        self.A = nn.Parameter(A.T.contiguous())
-        self.B = nn.Parameter(torch.empty_like(start.T.contiguous()).normal_(generator=generator))
+        device = generator.device if generator is not None else uniform.device
+        normal = torch.randn(uniform.T.shape, generator=generator, dtype=uniform.dtype, device=device)
+        self.A, self.B = nn.Parameter(zero.T.contiguous()), nn.Parameter(normal.to(uniform.device))
 
     def delta_weight(self) -> Float[Tensor, "num dim"]:
         """Return s·(BA)ᵀ, shape (num, dim)."""
@@ -59,6 +60,10 @@ class LoRAEmbedding(Adapter):
         rows = F.embedding(tokens, self.A.T, padding_idx=self.base.padding_idx)
         out = self.base(tokens)
         return out + (self.scale * F.linear(rows, self.B)).to(out.dtype)
+
+    def lora_factors(self) -> tuple[Tensor, Tensor, float]:
+        """Return A (r, num), B (dim, r) and s: what export to PEFT's format writes."""
+        return self.A, self.B, self.scale
 
     @torch.no_grad()
     def merged(self) -> nn.Embedding:
@@ -93,6 +98,7 @@ class LoRAConv2d(Adapter):
     ) -> None:
         if not isinstance(base, nn.Conv2d) or base.groups != 1:
             raise TypeError(f"base: got {base!r}, wanted nn.Conv2d with groups=1")
+        check_floating("base.weight", base.weight)
         check_number("alpha", alpha, low=0, open_low=True)
         A, B = init_factors(base.weight.detach().flatten(1), rank, generator)
         super().__init__(base)
@@ -110,6 +116,10 @@ class LoRAConv2d(Adapter):
         out = conv(x)
         hidden = conv._conv_forward(x if torch.is_autocast_enabled() else x.to(self.A.dtype), self.A, None)
         return out + (self.scale * F.conv2d(hidden, self.B)).to(out.dtype)
+
+    def lora_factors(self) -> tuple[Tensor, Tensor, float]:
+        """Return A (r, in, k, k), B (out, r, 1, 1) and s: what export to PEFT's format writes."""
+        return self.A, self.B, self.scale
 
     @torch.no_grad()
     def merged(self) -> nn.Conv2d:

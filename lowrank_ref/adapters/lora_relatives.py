@@ -48,14 +48,20 @@ def pissa_factors(
 class DoRALinear(LoRALinear):
     """LoRA on the direction of each row of W, and a trained magnitude for its length (arXiv 2402.09353).
 
-    Same arguments as `LoRALinear`; m more trained numbers. It forms ΔW (m, n) for the norms in every step.
+    Same arguments as `LoRALinear`; m more trained numbers. It forms ΔW (m, n) for the norms in every step. A weight
+    with a zero row, which has no direction, raises a ValueError.
     """
 
     adapter_names = ("A", "B", "magnitude")
 
     def __init__(self, base: nn.Module, rank: int = 8, **options: Any) -> None:
         super().__init__(base, rank, **options)
-        self.magnitude = nn.Parameter(weight_of(base).detach().to(self.A.dtype).norm(dim=1))
+        norms = weight_of(base).detach().to(self.A.dtype).norm(dim=1)
+        if not bool((norms > 0).all()):
+            raise ValueError(
+                f"base.weight: got zero or NaN rows {(~(norms > 0)).nonzero().flatten().tolist()}, wanted none"
+            )
+        self.magnitude = nn.Parameter(norms)
 
     def delta_weight(self) -> Float[Tensor, "m n"]:
         """Return m ⊙ V/‖V‖ - W with V = W + s·BA."""

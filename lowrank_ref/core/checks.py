@@ -50,10 +50,22 @@ def check_rank(rank: int, shape: Sequence[int], name: str = "rank") -> None:
         TypeError: not an integer.
         ValueError: out of range.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"{name}: got {rank!r} of type {type(rank).__name__}, wanted an integer")
+    check_integer(name, rank)
     if not 1 <= rank <= min(shape):
         raise ValueError(f"{name}: got {rank}, wanted 1 <= {name} <= {min(shape)} for a {tuple(shape)} matrix")
+
+
+def check_integer(name: str, value: int, *, low: float = -math.inf) -> None:
+    """Require an integer >= low.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, wanted an integer")
+    if value < low:
+        raise ValueError(f"{name}: got {value}, wanted an integer >= {low}")
 
 
 def check_number(

@@ -6,6 +6,7 @@ A weight here is always W (m, n) = (out, in), as `nn.Linear` stores it. GPT-2's 
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
@@ -172,7 +173,8 @@ def replace_modules(
     Raises:
         ValueError: nothing matches; the message lists near candidates. Or `trainable` matches no parameter.
     """
-    candidates = {n: m for n, m in model.named_modules() if accepts(m) and not _inside_adapter(model, n)}
+    inner = ((name, module) for name, module in model.named_modules() if name)  # the model itself has no place to swap
+    candidates = {name: module for name, module in inner if accepts(module) and not _inside_adapter(model, name)}
     hits = {name: module for name, module in candidates.items() if re.search(pattern, name)}
     if not hits:
         raise ValueError(_no_match("pattern", pattern, list(candidates)))
@@ -236,25 +238,20 @@ def merge_adapters(model: Model) -> Model:
     value); a transformers config is then told so, since saving and loading would tie it again.
 
     Raises:
-        ValueError: the model holds no adapter, or an update is not finite. The model is unchanged.
+        ValueError: the model holds no adapter or is one itself, or an update is not finite. The model is unchanged.
     """
     found = dict(adapters(model))
-    if not found:
-        raise ValueError("model: got no adapter layer, wanted at least one to merge")
+    if not found or isinstance(model, Adapter):
+        raise ValueError(f"model: got {type(model).__name__}, wanted a model that contains an adapter to merge")
     merged = {id(layer): layer.merged() for layer in found.values()}
-    shared = {id(layer.base.weight) for layer in found.values() if hasattr(layer.base, "weight")}
-    elsewhere = [p for m in model.modules() if not _belongs(m, found) for p in m.parameters(recurse=False)]
+    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    untied = any(holders[id(p)] > 1 for layer in found.values() for p in layer.base.parameters())
     for path, layer in _all_paths(model, set(merged)):
         _set(model, path, merged[id(layer)])
-    if any(id(p) in shared for p in elsewhere) and getattr(
-        getattr(model, "config", None), "tie_word_embeddings", False
-    ):
-        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    config: Any = getattr(model, "config", None)
+    if untied and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
     return model
-
-
-def _belongs(module: nn.Module, found: dict[str, Adapter]) -> bool:
-    return any(module is part for layer in found.values() for part in layer.modules())
 
 
 def _all_paths(model: nn.Module, ids: set[int]) -> list[tuple[str, nn.Module]]:

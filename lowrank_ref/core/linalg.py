@@ -63,8 +63,8 @@ def svd(
     rank = min(W.shape) if rank is None else rank
     check_rank(rank, W.shape)
     U, S, Vh = torch.linalg.svd(W.to(_work_dtype(W)), full_matrices=False)
-    signs = fixed_signs(U)
-    return (U * signs)[:, :rank], S[:rank], (Vh * signs[:, None])[:rank]
+    signs = fixed_signs(U[:, :rank])
+    return U[:, :rank] * signs, S[:rank], Vh[:rank] * signs[:, None]  # products, so that no view keeps all of U alive
 
 
 def svd_basis(G: Float[Tensor, "m n"], rank: int, *, start: Tensor | None = None) -> Float[Tensor, "m r"]:

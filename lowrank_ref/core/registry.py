@@ -48,8 +48,8 @@ class PaperInfo:
         aliases: other names readers search for.
         status: "draft", "checked" (compared with official code) or "frozen".
         verified: ISO date of the last full check.
-        layers: name -> factory(base, generator) of an `AdaptedLinear`, walked by the test battery.
-        optimizers: name -> factory(params) of an optimizer, walked by the test battery.
+        layers: name -> factory(base, generator=...) of an `AdaptedLinear`, walked by the test battery.
+        optimizers: name -> factory(groups) of an optimizer, walked by the test battery.
     """
 
     key: str

@@ -62,9 +62,9 @@ def projectors(
 
 
 def project(
-    G: Float[Tensor, "m n"], *, left: Float[Tensor, "m r"] | None = None, right: Float[Tensor, "n r"] | None = None
+    G: Tensor, *, left: Float[Tensor, "m r"] | None = None, right: Float[Tensor, "n r"] | None = None
 ) -> Tensor:
-    """Return PᵀG (r, n), GQ (m, r) or PᵀGQ (r, r); G itself without a basis."""
+    """Return PᵀG (r, n), GQ (m, r) or PᵀGQ (r, r) of a matrix G; without a basis G itself, of any shape."""
     R = G if left is None else left.T @ G
     return R if right is None else R @ right
 
@@ -105,6 +105,7 @@ class GaLore(ProjectedOptimizer):
         side: see `sides`.
         weight_decay: λ >= 0, decoupled.
         basis: how to find the projectors, see `projectors`.
+        own: further options of a subclass.
 
     Raises:
         TypeError, ValueError: an option out of range, a projected parameter that is no matrix. On `step`: a gradient
@@ -122,11 +123,15 @@ class GaLore(ProjectedOptimizer):
         side: str = "smaller",
         weight_decay: float = 0.0,
         basis: Basis = gram_basis,
-        **options: Any,
+        own: dict[str, Any] | None = None,
     ) -> None:
         self.basis = basis
         shared = {"lr": lr, "rank": rank, "gap": gap, "scale": scale, "side": side, "weight_decay": weight_decay}
-        super().__init__(params, {**shared, **options})
+        super().__init__(params, {**shared, **(own or {})})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Let a copy keep the basis: PyTorch would carry over only its own three attributes."""
+        return {**super().__getstate__(), "basis": self.basis}
 
     def update(self, p: Tensor, group: dict[str, Any]) -> None:
         """Take one step of one parameter from its gradient."""
@@ -167,10 +172,14 @@ class GaLoreAdamW(GaLore):
         eps: float = 1e-6,
         **options: Any,
     ) -> None:
-        check_number("betas[0]", betas[0], low=0, high=1 - 1e-12)
-        check_number("betas[1]", betas[1], low=0, high=1 - 1e-12)
-        check_number("eps", eps, low=0)
-        super().__init__(params, lr, betas=tuple(betas), eps=eps, **options)
+        super().__init__(params, lr, own={"betas": betas, "eps": eps}, **options)
+
+    def check_options(self, group: dict[str, Any]) -> None:
+        """Check betas and eps as well."""
+        super().check_options(group)
+        for i, beta in enumerate(group["betas"]):
+            check_number(f"betas[{i}]", beta, low=0, high=1 - 1e-12)
+        check_number("eps", group["eps"], low=0)
 
     def direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """Return Adam's direction."""

@@ -7,9 +7,10 @@
 | per-layer updates: a gradient is used and freed at once   | `per_layer_updates` |
 
 Deviations. The official 8-bit class hands R to bitsandbytes through a swapped weight; here the moments are decoded,
-updated and encoded in plain PyTorch, with the same code and blocks of 256. The official per-layer mode makes one
-optimizer per parameter and steps on every micro-batch; here one optimizer holds all states, and a second backward pass
-before `step()` is an error.
+updated and encoded in plain PyTorch, with the same code and blocks of 256, but V is never rounded to zero. The official
+per-layer mode makes one optimizer per parameter and steps on every micro-batch; here one optimizer holds all states,
+and a second backward pass before `step()` is an error. The official Adafactor decays the weight before the step; here,
+as in `GaLoreAdamW`, after.
 """
 
 from collections.abc import Iterable
@@ -38,6 +39,7 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         N = adam_direction(R.float(), M, V, state["step"], betas=group["betas"], eps=group["eps"])
         state["M_codes"], state["M_peak"] = quantize_blockwise(M, signed=True)
         state["V_codes"], state["V_peak"] = quantize_blockwise(V, signed=False)
+        state["V_codes"].clamp_(min=1)  # rounded to zero beside a large neighbour, V would make M/√V explode
         return N.to(R.dtype)
 
 
@@ -68,30 +70,37 @@ def adafactor_direction(
 class GaLoreAdafactor(GaLore):
     """GaLore with Adafactor's factored second moment: m + r (or r + n) numbers a matrix beside the projector.
 
-    Options as `GaLore`, and decay > 0, clip > 0. Parameters that are no matrix keep a full second moment.
+    Options as `GaLore`, and decay > 0, clip > 0. Parameters that are no matrix keep a full second moment. Moments are
+    float32 at least.
     """
 
     def __init__(
         self, params: Iterable[Any], lr: float = 0.01, *, decay: float = 0.8, clip: float = 1.0, **options: Any
     ) -> None:
-        check_number("decay", decay, low=0, open_low=True)
-        check_number("clip", clip, low=0, open_low=True)
-        super().__init__(params, lr, decay=decay, clip=clip, **options)
+        super().__init__(params, lr, own={"decay": decay, "clip": clip}, **options)
+
+    def check_options(self, group: dict[str, Any]) -> None:
+        """Check decay and clip as well."""
+        super().check_options(group)
+        check_number("decay", group["decay"], low=0, open_low=True)
+        check_number("clip", group["clip"], low=0, open_low=True)
 
     def direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """Return Adafactor's direction. A vector is a matrix of one row: its row moment then cancels."""
-        matrix = R if R.ndim == 2 else R.reshape(1, -1)
+        matrix = (R if R.ndim == 2 else R.reshape(1, -1)).to(torch.promote_types(R.dtype, torch.float32))
         if "row" not in state:
             state["row"], state["col"] = torch.zeros_like(matrix[:, 0]), torch.zeros_like(matrix[0])
         moments = state["row"], state["col"]
-        return adafactor_direction(matrix, *moments, state["step"], decay=group["decay"], clip=group["clip"]).view_as(R)
+        D = adafactor_direction(matrix, *moments, state["step"], decay=group["decay"], clip=group["clip"])
+        return D.view_as(R).to(R.dtype)
 
 
 def per_layer_updates(optimizer: GaLore) -> list[Any]:
     """Let every parameter step inside `backward()` as soon as its gradient is complete, and free the gradient.
 
     At most one layer's gradient is then alive. Call `optimizer.step()` once after each backward pass, as usual: it
-    opens the next step. Clipping by the norm of all gradients is impossible here, since they never exist together.
+    opens the next step. Clipping by the norm of all gradients is impossible here, since they never exist together; so
+    is DDP, which averages gradients only after these hooks.
 
     Args:
         optimizer: any GaLore optimizer.
@@ -102,10 +111,10 @@ def per_layer_updates(optimizer: GaLore) -> list[Any]:
     Raises:
         RuntimeError: in backward, when a second pass comes before `optimizer.step()`: that is gradient accumulation,
             and would make one step of every micro-batch.
+        ValueError: in backward, for a gradient with NaN or infinity. That parameter and its state are unchanged.
     """
     index = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     done: set[int] = set()
-    optimizer.stepped_in_backward = done
 
     @torch.no_grad()
     def hook(p: Tensor) -> None:
@@ -118,4 +127,5 @@ def per_layer_updates(optimizer: GaLore) -> list[Any]:
         p.grad = None
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return [p.register_post_accumulate_grad_hook(hook) for p in parameters]
+    hooks: list[Any] = [p.register_post_accumulate_grad_hook(hook) for p in parameters]
+    return [*hooks, optimizer.register_step_post_hook(lambda *_: done.clear())]

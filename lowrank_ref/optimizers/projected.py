@@ -1,23 +1,23 @@
 """Base of the optimizers that step in a projected space: option checks, the step loop, strict loading."""
 
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank_ref.core.checks import check_number, check_rank
+from lowrank_ref.core.checks import check_integer, check_number, check_rank
 
 
 class ProjectedOptimizer(torch.optim.Optimizer):
     """An optimizer whose groups may carry a "rank". A subclass defines `update(p, group)`, one step of one parameter.
 
-    Every group has the options lr, rank (or None), gap, scale, side and weight_decay, and the name of the optimizer, by
-    which a state is recognised on loading.
+    Every group has the options lr, rank (or None), gap, scale, side and weight_decay, and the name of the optimizer and
+    the shapes of its parameters, by which a state is recognised on loading.
     """
 
     def __init__(self, params: Any, options: dict[str, Any]) -> None:
-        self.stepped_in_backward: set[int] | None = None  # ids, with `per_layer_updates` only
         super().__init__(params, {**options, "method": type(self).__name__})
 
     def update(self, p: Tensor, group: dict[str, Any]) -> None:
@@ -28,30 +28,32 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """Add a group after checking its options."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        group["shapes"] = [tuple(p.shape) for p in group["params"]]
         try:
-            check_number("lr", group["lr"], low=0)
-            check_number("scale", group["scale"], low=0, open_low=True)
-            check_number("weight_decay", group["weight_decay"], low=0)
-            check_number("gap", group["gap"], low=1)
-            for p in group["params"] if group["rank"] is not None else ():
-                if p.ndim != 2:
-                    raise ValueError(f"params: got shape {tuple(p.shape)} in a projected group, wanted matrices")
-                check_rank(group["rank"], p.shape)
-                sides((p.shape[0], p.shape[1]), group["side"])
+            self.check_options(group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
+    def check_options(self, group: dict[str, Any]) -> None:
+        """Raise TypeError or ValueError for an option out of range. A subclass adds its own."""
+        check_number("lr", group["lr"], low=0)
+        check_number("scale", group["scale"], low=0, open_low=True)
+        check_number("weight_decay", group["weight_decay"], low=0)
+        check_integer("gap", group["gap"], low=1)
+        for shape in group["shapes"] if group["rank"] is not None else ():
+            if len(shape) != 2:
+                raise ValueError(f"params: got shape {shape} in a projected group, wanted matrices")
+            check_rank(group["rank"], shape)
+            sides(shape, group["side"])
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step. With `per_layer_updates`, where backward took it already, open the next one."""
+        """Take one step of every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.stepped_in_backward is not None:
-            self.stepped_in_backward.clear()
-            return loss
         todo = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         check_gradients([p.grad for p, _ in todo])
         for p, group in todo:
@@ -64,19 +66,17 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: a state of another optimizer, or of parameters with other shapes. Nothing is changed.
         """
-        methods = {group.get("method") for group in state_dict["param_groups"]}
+        groups = state_dict.get("param_groups", [])
+        methods = {group.get("method") for group in groups}
         if methods != {type(self).__name__}:
             raise ValueError(f"state_dict: got a state of {methods}, wanted {type(self).__name__}")
         order = [p for group in self.param_groups for p in group["params"]]
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        targets = dict(zip(indices, order))
-        for index, saved in state_dict["state"].items():
-            shape = tuple(targets[index].shape) if index in targets else ()
-            bases = [(saved[key].shape[0], size) for key, size in zip(("left", "right"), shape) if key in saved]
-            plain = [(tuple(saved[key].shape), shape) for key in ("M", "V") if key in saved and not bases]
-            if index not in targets or any(got != wanted for got, wanted in bases + plain):
-                raise ValueError(f"state_dict: got a state that does not fit parameter {index} of shape {shape}")
+        shapes = [tuple(shape) for group in groups for shape in group["shapes"]]
+        for i, (got, wanted) in enumerate(zip_longest(shapes, [tuple(p.shape) for p in order])):
+            if got != wanted:
+                raise ValueError(f"state_dict: got shape {got} for parameter {i}, wanted {wanted}")
         super().load_state_dict(state_dict)
+        targets = dict(zip([index for group in groups for index in group["params"]], order))
         for index, saved in state_dict["state"].items():
             for key, value in saved.items():
                 if isinstance(value, Tensor):
@@ -107,12 +107,12 @@ def sides(shape: tuple[int, int], side: str) -> tuple[bool, bool]:
 
 
 def check_gradients(gradients: list[Tensor]) -> None:
-    """Require finite gradients, with one look at all of them.
+    """Require gradients of finite norm, with one look at all of them. Squares that overflow would spoil the moments.
 
     Raises:
-        ValueError: with the number of gradients that hold NaN or infinity.
+        ValueError: with the number of gradients that hold NaN, infinity, or numbers too large to square.
     """
     if gradients:
-        bad = int((~torch.stack([norm.float() for norm in torch._foreach_norm(gradients)]).isfinite()).sum())
+        bad = int((~torch.stack(torch._foreach_norm(gradients)).isfinite()).sum())
         if bad:
-            raise ValueError(f"grad: got NaN or infinity in {bad} of {len(gradients)} gradients, wanted finite numbers")
+            raise ValueError(f"grad: got NaN or infinity in {bad} of {len(gradients)} gradients, wanted finite norms")

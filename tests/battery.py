@@ -1,0 +1,109 @@
+"""The cases of the battery, and what they are run on: every adapter and optimizer that a paper's card names.
+
+A new paper adds its parameter count to `COUNTS`, nothing else. `test_battery.py` holds the tests.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lowrank_ref.adapters import DoRALinear, PiSSALinear
+from lowrank_ref.core.layers import replace_linears
+from lowrank_ref.core.registry import papers
+
+#: The base layer of all cases: m outputs, n inputs.
+M, N = 10, 12
+#: Name -> adapter(base, generator=...), with its default options. DoRA and PiSSA have no card of their own.
+LAYERS = {name: make for info in papers().values() for name, make in info.layers.items()}
+LAYERS |= {"DoRALinear": DoRALinear, "PiSSALinear": PiSSALinear}
+#: Name -> numbers it trains on an (m, n) layer, by the formula of its docstring.
+COUNTS = {
+    "LoRALinear": lambda m, n: 8 * (m + n),
+    "DoRALinear": lambda m, n: 8 * (m + n) + m,
+    "PiSSALinear": lambda m, n: 8 * (m + n),
+}
+#: Adapters that do not start at the base model, each with the reason.
+STARTS_ELSEWHERE: dict[str, str] = {}
+#: Adapters without randomness: the generator changes nothing.
+NOT_RANDOM = {"PiSSALinear"}
+#: Name -> optimizer(parameter groups).
+OPTIMIZERS = {name: make for info in papers().values() for name, make in info.optimizers.items()}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def linear(dtype=torch.float64):
+    """The base layer, always the same."""
+    base = nn.Linear(N, M, dtype=dtype)
+    with torch.no_grad():
+        for p in base.parameters():
+            p.copy_(torch.randn(p.shape, generator=seeded(7)) / 3)
+    return base
+
+
+def adapter(name, *, base=None, seed=0, moved=True):
+    """An adapter on the base layer; `moved` shifts every trained number, as training would."""
+    layer = LAYERS[name](linear() if base is None else base, generator=seeded(seed))
+    if moved:
+        with torch.no_grad():
+            for p in layer.adapter_parameters().values():
+                p.add_(torch.randn(p.shape, generator=seeded(8), dtype=p.dtype), alpha=0.2)
+    return layer
+
+
+def network(dtype=torch.float64):
+    """A small network to optimise, always the same."""
+    model = nn.Sequential(nn.Linear(N, M), nn.Tanh(), nn.Linear(M, 6)).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=seeded(7)) / 3)
+    return model
+
+
+def optimizer(name, model):
+    """An optimizer in the way of all low-rank ones: matrices with a rank, the rest without. Two steps share a basis."""
+    matrices, rest = ([p for p in model.parameters() if (p.ndim == 2) == flat] for flat in (True, False))
+    return OPTIMIZERS[name]([{"params": matrices, "rank": 2, "gap": 2}, {"params": rest}])
+
+
+def batch(step, dtype=torch.float64, rows=8):
+    return torch.randn(rows, N, generator=seeded(100 + step), dtype=torch.float64).to(dtype)
+
+
+def loss(model, x):
+    """Distance of all outputs from 1, a mean over the rows."""
+    y = model(x).float()
+    return F.smooth_l1_loss(y, torch.ones_like(y))
+
+
+def train(model, optimizer, steps, rows=slice(None), dtype=torch.float64):
+    """Take the given steps, each on its own batch, of which this process sees `rows`."""
+    for step in steps:
+        optimizer.zero_grad()
+        loss(model, batch(step, dtype)[rows]).backward()
+        optimizer.step()
+
+
+def subject(name):
+    """Model and optimizer of one distributed case: an adapter with Adam, or a network with the named optimizer."""
+    if name in LAYERS:
+        model = replace_linears(nn.Sequential(linear()), "0", lambda base: adapter(name, base=base))
+        return model, torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    model = network()
+    return model, optimizer(name, model)
+
+
+def distributed(rank, world, folder):
+    """One process of a DDP run over all cases: its share of the rows of each batch. Rank 0 saves what came out."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    results = {}
+    for name in (*LAYERS, *OPTIMIZERS):
+        model, steps = subject(name)
+        train(nn.parallel.DistributedDataParallel(model), steps, range(3), rows=slice(rank, None, world))
+        results[name] = model.state_dict()
+    if rank == 0:
+        torch.save(results, f"{folder}/results")
+    torch.distributed.destroy_process_group()

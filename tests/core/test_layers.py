@@ -1,0 +1,271 @@
+"""Surgery on models. The adapter here adds one trained matrix: the simplest there is."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lowrank_ref.core.layers import (
+    AdaptedLinear,
+    Adapter,
+    adapters,
+    is_conv1d,
+    is_linear,
+    merge_adapters,
+    replace_linears,
+    replace_modules,
+    weight_of,
+    with_weight,
+)
+
+
+class Shift(AdaptedLinear):
+    adapter_names = ("shift",)
+
+    def __init__(self, base):
+        super().__init__(base)
+        W = weight_of(base)
+        self.shift = nn.Parameter(torch.full(W.shape, 0.5, dtype=torch.promote_types(W.dtype, torch.float32)))
+
+    def delta_weight(self):
+        return self.shift
+
+
+class Conv1D(nn.Module):
+    """Stands for transformers' class: weight (in, out)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x, self.weight)
+
+
+def net():
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.ModuleDict({"out": nn.Linear(4, 2)}))
+
+
+def trained(model):
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def snapshot(model):
+    return {n: (id(m), m.training) for n, m in model.named_modules()}, {
+        n: (p.detach().clone(), p.requires_grad) for n, p in model.named_parameters()
+    }
+
+
+def assert_untouched(model, before):
+    modules, parameters = snapshot(model)
+    assert modules == before[0] and parameters.keys() == before[1].keys()
+    for name, (value, grad) in before[1].items():
+        assert torch.equal(parameters[name][0], value) and parameters[name][1] == grad, name
+
+
+# One layer.
+
+
+def test_kinds_of_layers():
+    assert is_linear(nn.Linear(2, 2)) and is_linear(Conv1D(2, 2)) and is_conv1d(Conv1D(2, 2))
+    assert not is_linear(nn.Conv1d(2, 2, 1)) and not is_conv1d(nn.Conv1d(2, 2, 1)) and not is_conv1d(nn.Linear(2, 2))
+
+
+def test_weight_of_is_out_in_and_a_view():
+    for layer in (nn.Linear(3, 2), Conv1D(2, 3)):
+        assert weight_of(layer).shape == (2, 3)
+        assert weight_of(layer).data_ptr() == layer.weight.data_ptr()
+
+
+def test_weight_of_refuses_other_layers_and_quantised_weights():
+    with pytest.raises(TypeError, match="base: got ReLU"):
+        weight_of(nn.ReLU())
+    layer = nn.Linear(3, 2)
+    layer.weight = nn.Parameter(torch.ones(2, 3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"base\.weight: got dtype torch\.int8"):
+        weight_of(layer)
+    layer.weight = nn.Parameter(torch.ones(2, 3, 1))
+    with pytest.raises(ValueError, match=r"base\.weight: got shape \(2, 3, 1\)"):
+        weight_of(layer)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 2), nn.Linear(3, 2, bias=False), Conv1D(2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_weight_copies_everything_and_shares_nothing(layer, dtype):
+    layer = layer.to(dtype).eval()
+    W, x = torch.randn(2, 3), torch.randn(5, 3).to(dtype)
+    new = with_weight(layer, W)
+    assert type(new) is type(layer) and not new.training and not any(p.requires_grad for p in new.parameters())
+    assert new.weight.dtype == dtype and new.weight.is_contiguous()
+    bias = None if layer.bias is None else layer.bias
+    torch.testing.assert_close(new(x), F.linear(x, W.to(dtype), bias))
+    W.zero_()
+    assert bool(weight_of(new).abs().min() > 0) and vars(new).keys() == vars(layer).keys()
+    if layer.bias is not None:
+        assert new.bias.data_ptr() != layer.bias.data_ptr()
+
+
+def test_adapter_freezes_and_never_writes_its_base():
+    base = nn.Linear(3, 2).eval()
+    before = base.weight.detach().clone()
+    layer = Shift(base)
+    assert trained(layer) == ["shift"] and not layer.training
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(layer(x), F.linear(x, base.weight + 0.5, base.bias))
+    merged = layer.train().eval().merged()
+    assert torch.equal(merged.weight, before + 0.5) and torch.equal(base.weight, before)
+    assert "3 -> 2" in repr(layer)
+
+
+def test_adapting_an_adapter_raises():
+    with pytest.raises(TypeError, match="Shift, an adapter already|wanted nn.Linear"):
+        Shift(Shift(nn.Linear(2, 2)))
+    with pytest.raises(TypeError, match="merge it before"):
+        Adapter(Shift(nn.Linear(2, 2)))
+
+
+def test_update_is_computed_in_the_adapters_dtype_and_returned_in_the_bases():
+    layer = Shift(nn.Linear(3, 2).bfloat16())
+    layer.update = lambda x: (seen.append(x.dtype), F.linear(x, layer.shift))[1]
+    seen = []
+    assert layer(torch.randn(4, 3).bfloat16()).dtype == torch.bfloat16 and seen == [torch.float32]
+
+
+def test_merging_a_bfloat16_base_rounds_once():
+    layer = Shift(nn.Linear(64, 64).bfloat16())
+    exact = layer.base.weight.double() + 0.5
+    assert torch.equal(layer.merged().weight, exact.to(torch.bfloat16))
+
+
+# Surgery.
+
+
+def test_replace_linears_adapts_the_matches_and_freezes_the_rest():
+    model = net()
+    assert replace_linears(model, r"^0$", Shift) is model
+    assert trained(model) == ["0.shift"] and [path for path, _ in adapters(model)] == ["0"]
+
+
+def test_what_is_named_keeps_training_also_through_a_second_call():
+    model = replace_linears(net(), r"^0$", Shift, trainable=r"out\.bias$")
+    assert trained(model) == ["0.shift", "2.out.bias"]
+    replace_linears(model, r"out$", Shift)
+    assert trained(model) == ["0.shift", "2.out.shift"]  # the bias now belongs to a frozen base
+
+
+def test_a_second_call_keeps_what_the_first_one_kept():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    replace_linears(model, "^0$", Shift, trainable=r"^2\.")
+    replace_linears(model, "^1$", Shift)
+    assert trained(model) == ["0.shift", "1.shift", "2.weight", "2.bias"]
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            lambda m: replace_linears(m, "attention", Shift),
+            ValueError,
+            r"pattern: got 'attention'.*near candidates are: ",
+        ),
+        (lambda m: replace_linears(m, "1", Shift), ValueError, "which matches nothing"),  # a ReLU is no linear layer
+        (lambda m: replace_linears(m, "2.oot", Shift), ValueError, r"near candidates are: 2\.out"),
+        (lambda m: replace_linears(m, "0", Shift, trainable="head"), ValueError, "trainable: got 'head'"),
+        (lambda m: replace_modules(m, "", Shift, accepts=lambda x: True), TypeError, "base: got ReLU|ModuleDict"),
+        (lambda m: merge_adapters(m), ValueError, "wanted a model that contains an adapter"),
+    ],
+)
+def test_an_error_leaves_the_model_as_it_was(call, error, message):
+    model = net()
+    model[0].bias.requires_grad_(False)
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        call(model)
+    assert_untouched(model, before)
+
+
+def test_no_adapter_goes_inside_another():
+    model = replace_linears(net(), r"^0$", Shift)
+    with pytest.raises(ValueError, match="matches nothing"):
+        replace_linears(model, r"^0", Shift)
+
+
+def test_a_bare_layer_has_no_place_to_swap():
+    with pytest.raises(ValueError, match="pattern"):
+        replace_linears(nn.Linear(2, 2), "", Shift)
+    with pytest.raises(ValueError, match="model: got Shift"):
+        merge_adapters(Shift(nn.Linear(2, 2)))
+
+
+def test_a_layer_at_two_places_becomes_one_adapter_at_both():
+    shared = nn.Linear(2, 2)
+    model = replace_linears(nn.Sequential(shared, nn.ReLU(), shared), "^0$", Shift)
+    assert model[0] is model[2] and trained(model) == ["0.shift"] and len(list(adapters(model))) == 1
+    x = torch.randn(3, 2)
+    y = model(x)
+    merge_adapters(model)
+    assert model[0] is model[2] and type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), y)
+
+
+def test_merging_twice_raises_and_the_merged_model_is_plain():
+    model = replace_linears(net(), "0|out", Shift)
+    assert merge_adapters(model) is model and not list(adapters(model))
+    assert [type(m) for m in model.modules()] == [type(m) for m in net().modules()]
+    assert model.state_dict().keys() == net().state_dict().keys()
+    with pytest.raises(ValueError, match="contains an adapter"):
+        merge_adapters(model)
+
+
+def test_an_infinite_update_is_not_merged_and_nothing_is():
+    model = replace_linears(net(), "0|out", Shift)
+    with torch.no_grad():
+        model[2]["out"].shift[0, 0] = torch.inf
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="delta_weight: got NaN or infinite"):
+        merge_adapters(model)
+    assert_untouched(model, before)
+
+
+class Tied(nn.Module):
+    """An output layer that shares the embedding's weight, with the config that transformers gives such a model."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = type("Config", (), {"tie_word_embeddings": True})()
+        self.emb, self.body, self.out = nn.Embedding(5, 3), nn.Linear(3, 3), nn.Linear(3, 5, bias=False)
+        self.out.weight = self.emb.weight
+
+
+def test_a_tied_weight_comes_loose_at_the_merge_and_the_config_says_so():
+    model = replace_linears(Tied(), "out", Shift)
+    assert model.out.base.weight is model.emb.weight
+    old = model.emb.weight.detach().clone()
+    merge_adapters(model)
+    assert torch.equal(model.emb.weight, old) and torch.equal(model.out.weight, old + 0.5)
+    assert model.config.tie_word_embeddings is False
+
+
+class ShiftRows(Adapter):
+    adapter_names = ("shift",)
+
+    def __init__(self, base):
+        super().__init__(base)
+        self.shift = nn.Parameter(torch.ones(base.weight.shape))
+
+    def merged(self):
+        return nn.Embedding.from_pretrained(self.base.weight + self.shift)
+
+
+def test_a_tied_weight_with_adapters_on_both_sides_comes_loose_too():
+    model = replace_linears(Tied(), "out", Shift)
+    replace_modules(model, "emb", ShiftRows, accepts=lambda m: isinstance(m, nn.Embedding))
+    merge_adapters(model)
+    torch.testing.assert_close(model.emb.weight - model.out.weight, torch.full((5, 3), 0.5))
+    assert model.config.tie_word_embeddings is False
+
+
+def test_a_merge_elsewhere_leaves_the_tie_alone():
+    model = merge_adapters(replace_linears(Tied(), "body", Shift))
+    assert model.out.weight is model.emb.weight and model.config.tie_word_embeddings is True

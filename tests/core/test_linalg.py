@@ -1,0 +1,180 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowrank_ref.core.linalg import (
+    captured_energy,
+    effective_rank,
+    fixed_signs,
+    gram_basis,
+    power_basis,
+    randomized_svd,
+    stable_rank,
+    svd,
+    svd_basis,
+)
+
+sides = st.integers(1, 9)
+
+
+def gaussian(m, n, seed=0, dtype=torch.float64):
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def decaying(m, n, base=0.5):
+    """A matrix with singular values 1, base, base² and so on."""
+    k = min(m, n)
+    U, V = (torch.linalg.qr(gaussian(s, k, seed)).Q for seed, s in enumerate((m, n)))
+    return U @ torch.diag(base ** torch.arange(k, dtype=torch.float64)) @ V.T
+
+
+def projector(P):
+    return P @ P.T
+
+
+def assert_close(got, wanted, atol=1e-12):
+    torch.testing.assert_close(got, wanted, rtol=0, atol=atol)
+
+
+def test_fixed_signs_make_the_largest_entry_positive():
+    U = torch.tensor([[1.0, -3.0, 0.0], [-2.0, 1.0, 0.0]])
+    assert fixed_signs(U).tolist() == [-1.0, -1.0, 1.0]
+
+
+@given(sides, sides, st.data())
+def test_svd_reconstructs_and_is_orthonormal(m, n, data):
+    rank = data.draw(st.integers(1, min(m, n)))
+    W = gaussian(m, n)
+    U, S, Vh = svd(W)
+    assert_close(U @ S.diag() @ Vh, W)
+    assert_close(U.T @ U, torch.eye(min(m, n), dtype=W.dtype))
+    assert bool((S[:-1] >= S[1:]).all())
+    assert bool((U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all())
+    U_r, S_r, Vh_r = svd(W, rank)
+    assert torch.equal(U_r, U[:, :rank]) and torch.equal(S_r, S[:rank]) and torch.equal(Vh_r, Vh[:rank])
+
+
+def test_svd_does_not_depend_on_the_sign_the_backend_chose():
+    W = gaussian(5, 3)
+    U, S, Vh = svd(W)
+    V2, S2, Uh2 = svd(W.T)  # other signs inside; U is oriented, so here V is
+    signs = fixed_signs(Uh2.T)
+    assert_close(S, S2)
+    assert_close(U, Uh2.T * signs)
+    assert_close(Vh, (V2 * signs).T)
+
+
+def test_svd_of_half_precision_is_float32():
+    assert {t.dtype for t in svd(gaussian(4, 3).bfloat16())} == {torch.float32}
+
+
+@pytest.mark.parametrize("basis", [svd_basis, gram_basis, power_basis])
+@given(sides, sides, st.data())
+def test_bases_are_orthonormal_and_capture_the_top_directions(basis, m, n, data):
+    rank = data.draw(st.integers(1, min(m, n)))
+    W = decaying(m, n)
+    options = {"iterations": 8, "generator": torch.Generator().manual_seed(0)} if basis is power_basis else {}
+    P = basis(W, rank, **options)
+    assert P.shape == (m, rank)
+    assert_close(P.T @ P, torch.eye(rank, dtype=P.dtype), 1e-10)
+    best = captured_energy(W, svd_basis(W, rank))
+    assert captured_energy(W, P) >= best - (1e-4 if basis is power_basis else 1e-10)
+    assert bool((P.gather(0, P.abs().argmax(0, keepdim=True)) > 0).all())
+
+
+@given(sides, sides)
+def test_gram_basis_is_the_svd_basis(m, n):
+    W = decaying(m, n)
+    for rank in range(1, min(m, n) + 1):
+        assert_close(gram_basis(W, rank), svd_basis(W, rank), 1e-8)  # signs included
+
+
+def test_gram_basis_survives_tiny_gradients():
+    W = decaying(6, 4).float()
+    assert_close(gram_basis(W * 1e-30, 2), gram_basis(W, 2), 1e-5)
+    assert torch.isfinite(gram_basis(torch.zeros(4, 3), 2)).all()
+
+
+def test_power_basis_sharpens_with_iterations_and_with_a_good_start():
+    W = decaying(40, 30, 0.9)
+    error = [
+        1 - captured_energy(W, power_basis(W, 5, iterations=k, generator=torch.Generator().manual_seed(0)))
+        for k in (0, 1, 4)
+    ]
+    assert error[0] > error[1] > error[2] >= 1 - captured_energy(W, svd_basis(W, 5)) - 1e-12
+    assert_close(projector(power_basis(W, 5, start=svd_basis(W, 5), iterations=0)), projector(svd_basis(W, 5)))
+
+
+def test_randomness_comes_from_the_generator_only():
+    W, state = gaussian(9, 8), torch.get_rng_state()
+    a, b, c = (power_basis(W, 2, iterations=0, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@given(sides, sides, st.data())
+def test_randomized_svd_is_the_svd_for_a_low_rank_matrix(m, n, data):
+    rank = data.draw(st.integers(1, min(m, n)))
+    W = gaussian(m, rank) @ gaussian(rank, n, 1)
+    U, S, Vh = randomized_svd(W, rank, generator=torch.Generator().manual_seed(0))
+    assert_close(U @ S.diag() @ Vh, W, 1e-9)
+    assert_close(S, svd(W, rank)[1], 1e-9)
+    assert bool((U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all())
+
+
+def test_captured_energy_is_the_share_of_squared_singular_values():
+    W = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    P = torch.eye(3)
+    assert [captured_energy(W, P[:, :r]) for r in (1, 2, 3)] == pytest.approx([9 / 14, 13 / 14, 1.0])
+    assert captured_energy(torch.zeros(3, 3), P) == 1.0
+
+
+@given(st.integers(1, 12))
+def test_measures_of_rank_count_equal_directions(k):
+    S = torch.full((k,), 0.7)
+    assert effective_rank(S) == pytest.approx(k)
+    assert stable_rank(S) == pytest.approx(k)
+
+
+def test_measures_of_rank_by_hand():
+    S = torch.tensor([3.0, 1.0])
+    assert effective_rank(S) == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+    assert stable_rank(S) == pytest.approx(10 / 9)
+    assert effective_rank(torch.tensor([5.0, 0.0])) == pytest.approx(1.0)
+
+
+BAD = {
+    "integers": (torch.ones(3, 3, dtype=torch.int64), 1, TypeError),
+    "vector": (torch.ones(3), 1, (TypeError, ValueError)),
+    "empty": (torch.ones(0, 3), 1, ValueError),
+    "NaN": (torch.full((3, 3), torch.nan), 1, ValueError),
+    "rank 0": (torch.ones(3, 2), 0, ValueError),
+    "rank 3": (torch.ones(3, 2), 3, ValueError),
+    "bool": (torch.ones(3, 2), True, TypeError),
+    "float": (torch.ones(3, 2), 1.0, TypeError),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("function", [svd, svd_basis, gram_basis, power_basis, randomized_svd])
+def test_bad_input_raises(function, case):
+    W, rank, error = BAD[case]
+    with pytest.raises(error):
+        function(W, rank)
+
+
+def test_bad_options_raise():
+    with pytest.raises(ValueError, match="iterations: got -1"):
+        power_basis(torch.ones(2, 2), 1, iterations=-1)
+    for S in ([0.0, 0.0], [1.0, torch.nan]):
+        with pytest.raises(ValueError, match="S: got"):
+            effective_rank(torch.tensor(S))
+        with pytest.raises(ValueError, match="S: got"):
+            stable_rank(torch.tensor(S))
+    with pytest.raises(ValueError, match="negative"):
+        effective_rank(torch.tensor([1.0, -1.0]))
+    with pytest.raises(ValueError, match="G: got"):
+        captured_energy(torch.full((2, 2), torch.nan), torch.eye(2))

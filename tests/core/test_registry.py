@@ -1,0 +1,54 @@
+import importlib
+import types
+
+import pytest
+
+from lowrank_ref.core import registry
+from lowrank_ref.core.registry import PARTS, PaperInfo, papers
+
+CARD = {"title": "T", "authors": ("A",), "year": 2024, "arxiv": "2401.00001v1", "summary": "S."}
+
+
+def test_every_planned_name_stands_once():
+    keys = [key for _, keys in PARTS.values() for key in keys]
+    assert len(keys) == len(set(keys)) == 36
+
+
+def test_cards_agree_with_their_place():
+    found = papers()
+    assert "lora" in found
+    for key, info in found.items():
+        assert info.key == key
+        assert importlib.import_module(info.module).PAPER is info
+        assert info.title and info.authors and info.summary.endswith(".")
+        assert info.verified or info.status == "draft"
+        for function in info.equations.values():
+            assert hasattr(importlib.import_module(info.module), function), f"{info.module} has no {function}"
+        for made in (*info.layers.values(), *info.optimizers.values()):
+            assert callable(made)
+
+
+def test_cards_come_in_the_order_of_the_book():
+    order = [key for _, keys in PARTS.values() for key in keys]
+    assert list(papers()) == [key for key in order if key in papers()]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"part": "nowhere"}, "part: got 'nowhere', wanted one of"),
+        ({"key": "galore"}, "key: got 'galore', wanted one of"),
+        ({"status": "done"}, "status: got 'done', wanted"),
+    ],
+)
+def test_a_card_of_no_place_raises(change, message):
+    with pytest.raises(ValueError, match=message):
+        PaperInfo(**{"key": "lora", "part": "adapters", **CARD, **change})
+
+
+@pytest.mark.parametrize("card", [None, PaperInfo(key="svfit", part="adapters", **CARD)])
+def test_a_module_with_no_card_or_anothers_raises(card, monkeypatch):
+    module = types.SimpleNamespace(PAPER=card) if card else types.SimpleNamespace()
+    monkeypatch.setattr(registry.importlib, "import_module", lambda name: module)
+    with pytest.raises(ValueError, match=r"PAPER: got .* wanted a PaperInfo with part='adapters' and key='lora'"):
+        papers()

@@ -1,0 +1,401 @@
+"""What every adapter and every optimizer must do, whatever the paper. See `battery.py` for the cases."""
+
+import copy
+from functools import partial
+
+import jaxtyping
+import pytest
+import torch
+from battery import (
+    COUNTS,
+    LAYERS,
+    NOT_RANDOM,
+    OPTIMIZERS,
+    STARTS_ELSEWHERE,
+    M,
+    N,
+    adapter,
+    batch,
+    distributed,
+    linear,
+    loss,
+    network,
+    optimizer,
+    seeded,
+    subject,
+    train,
+)
+from torch import nn
+
+from lowrank_ref.core.io import load_adapters, save_adapters
+from lowrank_ref.core.layers import Adapter, merge_adapters, replace_linears, weight_of
+
+each_layer = pytest.mark.parametrize("name", LAYERS)
+each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def assert_close(got, wanted, atol=1e-12):
+    torch.testing.assert_close(got, wanted, rtol=0, atol=atol)
+
+
+def assert_equal_states(got, wanted):
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], value) for name, value in wanted.items())
+
+
+def assert_equal_optimizers(got, wanted):
+    assert got["param_groups"] == wanted["param_groups"]
+    torch.testing.assert_close(got["state"], wanted["state"], rtol=0, atol=0)
+
+
+# Adapters.
+
+
+@each_layer
+def test_starts_at_the_base(name):
+    layer, x = adapter(name, moved=False), batch(0)
+    assert torch.allclose(layer(x), layer.base(x), rtol=0, atol=1e-12) == (name not in STARTS_ELSEWHERE)
+
+
+@each_layer
+def test_forward_is_base_plus_delta_for_any_batch(name):
+    layer = adapter(name).eval()
+    x = batch(0)
+    assert (layer(x) - layer.base(x)).abs().max() > 1e-2
+    for rows in (x, x[0], x.reshape(2, 4, N), x[:0]):
+        assert_close(layer(rows), layer.base(rows) + rows @ layer.delta_weight().T, 1e-11)
+
+
+@each_layer
+def test_merged_is_plain_and_computes_the_same(name):
+    layer, x = adapter(name).eval(), batch(0)
+    W = layer.base.weight.detach().clone()
+    merged = layer.merged()
+    assert type(merged) is nn.Linear and not any(p.requires_grad for p in merged.parameters())
+    assert_close(merged(x), layer(x), 1e-11)
+    assert torch.equal(merged.weight, layer.merged().weight)  # merging again adds nothing
+    layer.train().eval()
+    assert torch.equal(layer.base.weight, W) and merged.weight.data_ptr() != layer.base.weight.data_ptr()
+
+
+@each_layer
+def test_an_update_that_is_not_finite_is_not_merged(name):
+    layer = adapter(name)
+    with torch.no_grad():
+        next(iter(layer.adapter_parameters().values())).fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        layer.merged()
+
+
+@each_layer
+def test_a_merged_model_is_plain(name):
+    model = replace_linears(nn.Sequential(linear(), nn.Tanh()), "0", lambda base: adapter(name, base=base)).eval()
+    y = model(batch(0))
+    merge_adapters(model)
+    assert [type(m) for m in model] == [nn.Linear, nn.Tanh] and not isinstance(model[0], Adapter)
+    assert_close(model(batch(0)), y, 1e-11)
+    with pytest.raises(ValueError, match="contains an adapter"):
+        merge_adapters(model)
+
+
+@each_layer
+def test_conv1d_gives_what_the_transposed_linear_layer_gives(name):
+    Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    conv, base = Conv1D(M, N).double(), linear()
+    conv.weight, conv.bias = nn.Parameter(base.weight.T.clone()), nn.Parameter(base.bias.detach().clone())
+    ours, wanted = adapter(name, base=conv).eval(), adapter(name, base=base).eval()
+    assert_close(ours(batch(0)), wanted(batch(0)))
+    assert_close(ours.merged().weight.T, wanted.merged().weight)
+    assert_close(weight_of(ours.merged()), wanted.merged().weight)
+
+
+@each_layer
+def test_only_declared_parameters_get_gradients_and_they_count_as_stated(name):
+    layer = adapter(name)
+    layer(batch(0)).square().sum().backward()
+    declared = set(layer.adapter_parameters())
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} == declared
+    assert {n for n, p in layer.named_parameters() if p.grad is not None} == declared
+    assert all(p.grad.any() for p in layer.adapter_parameters().values())
+    assert sum(p.numel() for p in layer.adapter_parameters().values()) == COUNTS[name](M, N)
+
+
+@each_layer
+def test_frozen_tensors_stay_and_trained_ones_move(name):
+    layer = adapter(name)
+    before = copy.deepcopy(layer.state_dict())
+    train(layer, torch.optim.Adam(layer.parameters(), lr=0.01), range(3))
+    for key, value in layer.state_dict().items():
+        if key.startswith("base."):
+            assert torch.equal(value, before[key]), key
+        if key in layer.adapter_parameters():
+            assert not torch.equal(value, before[key]), key
+
+
+@each_layer
+def test_randomness_comes_from_the_generator_only(name):
+    base, state = linear(), torch.get_rng_state()
+    first, same, other = (LAYERS[name](base, generator=seeded(s)).state_dict() for s in (1, 1, 2))
+    assert_equal_states(same, first)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[k], other[k]) for k in first) == (name in NOT_RANDOM)
+
+
+@each_layer
+def test_training_is_deterministic(name):
+    first, second = (adapter(name) for _ in range(2))
+    for layer in (first, second):
+        train(layer, torch.optim.Adam(layer.parameters(), lr=0.01), range(3))
+    assert_equal_states(first.state_dict(), second.state_dict())
+
+
+@each_layer
+def test_a_bfloat16_base_stays_bfloat16_and_finite(name):
+    layer = adapter(name, base=linear(torch.bfloat16))
+    assert {p.dtype for p in layer.adapter_parameters().values()} == {torch.float32}
+    train(layer, torch.optim.Adam(layer.parameters(), lr=0.01), range(3), dtype=torch.bfloat16)
+    y = layer(batch(0, torch.bfloat16))
+    assert y.dtype == torch.bfloat16 and bool(torch.isfinite(y).all())
+    assert layer.merged().weight.dtype == torch.bfloat16
+
+
+@each_layer
+def test_autocast(name):
+    layer, x = adapter(name, base=linear(torch.float32)), batch(0, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.2)
+    assert all(p.grad.dtype == torch.float32 for p in layer.adapter_parameters().values())
+
+
+@each_layer
+def test_deepcopy_is_equal_and_independent(name):
+    layer = adapter(name).eval()
+    other = copy.deepcopy(layer)
+    assert torch.equal(other(batch(0)), layer(batch(0)))
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    assert layer.base.weight.any() and all(p.any() for p in layer.adapter_parameters().values())
+
+
+@each_layer
+def test_state_dict_round_trip(name, tmp_path):
+    old, new = adapter(name, seed=1).eval(), adapter(name, seed=2, moved=False).eval()
+    assert not torch.equal(old(batch(0)), new(batch(0)))
+    torch.save(old.state_dict(), tmp_path / "x")
+    new.load_state_dict(torch.load(tmp_path / "x", weights_only=True))
+    assert torch.equal(old(batch(0)), new(batch(0)))
+
+
+def one_layer_model(name, **options):
+    return replace_linears(nn.Sequential(linear()), "0", lambda base: adapter(name, base=base, **options)).eval()
+
+
+@each_layer
+def test_file_round_trip_and_truncation(name, tmp_path):
+    old, new = one_layer_model(name, seed=1), one_layer_model(name, seed=2, moved=False)
+    save_adapters(old, tmp_path / "x")
+    load_adapters(new, tmp_path / "x")
+    assert torch.equal(old(batch(0)), new(batch(0)))
+    untouched = one_layer_model(name, seed=2)
+    before = copy.deepcopy(untouched.state_dict())
+    (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        load_adapters(untouched, tmp_path / "x")
+    assert_equal_states(untouched.state_dict(), before)
+
+
+@each_layer
+def test_a_file_of_another_adapter_is_refused(name, tmp_path):
+    model = one_layer_model(name)
+    before = copy.deepcopy(model.state_dict())
+    for other in LAYERS.keys() - {name}:
+        save_adapters(one_layer_model(other), tmp_path / "x")
+        with pytest.raises(ValueError, match="layer 0"):
+            load_adapters(model, tmp_path / "x")
+    assert_equal_states(model.state_dict(), before)
+
+
+@each_layer
+def test_exported_factors_are_the_update(name):
+    layer = adapter(name)
+    if not hasattr(layer, "lora_factors") or hasattr(layer, "magnitude"):
+        pytest.skip("no plain LoRA")
+    A, B, scale = layer.lora_factors()
+    assert_close(scale * B @ A, layer.delta_weight())
+
+
+@pytest.fixture
+def no_shape_checks():
+    """Switch jaxtyping's checks off: they are Python that torch.compile cannot trace."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@each_layer
+def test_compiles_to_one_graph(name, no_shape_checks):
+    torch._dynamo.reset()
+    layer, x = adapter(name), batch(0)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y = compiled(x)
+    assert_close(y, layer(x))
+    y.square().sum().backward()
+    got = {n: p.grad.clone() for n, p in layer.adapter_parameters().items()}
+    layer.zero_grad()
+    layer(x).square().sum().backward()
+    for key, p in layer.adapter_parameters().items():
+        assert_close(got[key], p.grad, 1e-10)
+
+
+@each_layer
+def test_bad_bases_raise(name):
+    make = partial(LAYERS[name], generator=seeded())
+    whole = linear()
+    whole.weight = nn.Parameter(whole.weight.to(torch.int8), requires_grad=False)
+    for base in (adapter(name), nn.ReLU(), nn.Conv1d(N, M, 1), whole):
+        with pytest.raises(TypeError, match="base"):
+            make(base)
+
+
+# Optimizers.
+
+
+@each_optimizer
+def test_the_loss_falls_and_every_parameter_moves(name):
+    model = network()
+    start = copy.deepcopy(model.state_dict())
+    before = loss(model, batch(0))
+    train(model, optimizer(name, model), [0] * 20)
+    assert loss(model, batch(0)) < before
+    assert not any(torch.equal(value, start[key]) for key, value in model.state_dict().items())
+
+
+@each_optimizer
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_saved_state_resumes_bit_identically(name, dtype, tmp_path):
+    straight = network(dtype)
+    train(straight, optimizer(name, straight), range(7), dtype=dtype)
+
+    first = network(dtype)
+    stopped = optimizer(name, first)
+    train(first, stopped, range(3), dtype=dtype)
+    torch.save({"model": first.state_dict(), "optimizer": stopped.state_dict()}, tmp_path / "x")
+    saved = torch.load(tmp_path / "x", weights_only=True)
+    second = network(dtype)
+    second.load_state_dict(saved["model"])
+    resumed = optimizer(name, second)
+    resumed.load_state_dict(saved["optimizer"])
+    train(second, resumed, range(3, 7), dtype=dtype)
+    assert_equal_states(second.state_dict(), straight.state_dict())
+
+
+@each_optimizer
+def test_bfloat16_parameters_stay_finite(name):
+    model = network(torch.bfloat16)
+    train(model, optimizer(name, model), range(5), dtype=torch.bfloat16)
+    assert all(p.dtype == torch.bfloat16 and bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+@each_optimizer
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_gradient_raises_and_changes_nothing(name, value):
+    model = network()
+    steps = optimizer(name, model)
+    train(model, steps, range(2))
+    before = copy.deepcopy((model.state_dict(), steps.state_dict()))
+    model(batch(2)).sum().backward()
+    model[2].weight.grad[0, 0] = value  # not the first parameter: the ones before it must not move either
+    with pytest.raises(ValueError, match="grad"):
+        steps.step()
+    assert_equal_states(model.state_dict(), before[0])
+    assert_equal_optimizers(steps.state_dict(), before[1])
+
+
+@each_optimizer
+def test_no_new_parameters(name):
+    model = network()
+    parameters = list(model.parameters())
+    train(model, optimizer(name, model), range(3))
+    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
+    assert all(p.requires_grad and p.grad.shape == p.shape for p in parameters)
+
+
+@each_optimizer
+def test_a_parameter_without_gradient_stays(name):
+    model = network()
+    start = copy.deepcopy(model.state_dict())
+    model[2].requires_grad_(False)
+    train(model, optimizer(name, model), range(2))
+    assert torch.equal(model[2].weight, start["2.weight"]) and not torch.equal(model[0].weight, start["0.weight"])
+
+
+@each_optimizer
+def test_a_closure_gives_the_same_step_and_its_loss(name):
+    plain, closed = network(), network()
+    train(plain, optimizer(name, plain), range(2))
+    steps = optimizer(name, closed)
+    for step in range(2):
+
+        def closure(step=step):
+            steps.zero_grad()
+            value = loss(closed, batch(step))
+            value.backward()
+            return value
+
+        with torch.no_grad():
+            assert steps.step(closure).requires_grad
+    assert_equal_states(closed.state_dict(), plain.state_dict())
+
+
+@each_optimizer
+def test_deepcopy_goes_on_as_the_original(name):
+    model = network()
+    steps = optimizer(name, model)
+    train(model, steps, range(3))
+    other, other_steps = copy.deepcopy((model, steps))
+    train(other, other_steps, range(3, 6))
+    assert not torch.equal(other[0].weight, model[0].weight)
+    train(model, steps, range(3, 6))
+    assert_equal_states(other.state_dict(), model.state_dict())
+
+
+@each_optimizer
+def test_a_foreign_state_is_refused(name):
+    model = network()
+    steps = optimizer(name, model)
+    train(model, steps, range(2))
+    before = copy.deepcopy(steps.state_dict())
+    adam = torch.optim.Adam(model.parameters())
+    train(model, adam, range(1))
+    small = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).double()
+    for foreign in (adam.state_dict(), optimizer(name, small).state_dict()):
+        with pytest.raises(ValueError):
+            steps.load_state_dict(foreign)
+    assert_equal_optimizers(steps.state_dict(), before)
+
+
+# Two processes.
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Train all cases under DDP in two processes, once; each sees half of every batch."""
+    folder = tmp_path_factory.mktemp("ddp")
+    torch.multiprocessing.spawn(distributed, args=(2, str(folder)), nprocs=2)
+    return torch.load(folder / "results", weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*LAYERS, *OPTIMIZERS])
+def test_two_processes_equal_one(name, two_processes):
+    model, steps = subject(name)
+    start = copy.deepcopy(model.state_dict())
+    train(model, steps, range(3))
+    for key, value in model.state_dict().items():
+        assert_close(two_processes[name][key], value, 1e-9)
+    assert any(not torch.equal(value, start[key]) for key, value in model.state_dict().items())
