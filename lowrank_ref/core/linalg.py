@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lowrank_ref.core.checks import check_finite, check_matrix, check_rank
+from lowrank_ref.core.checks import check_finite, check_integer, check_matrix, check_rank
 
 
 def _work_dtype(W: Tensor) -> torch.dtype:
@@ -114,18 +114,19 @@ def power_basis(
     rank: int,
     *,
     start: Float[Tensor, "m r"] | None = None,
+    oversample: int = 8,
     iterations: int = 2,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "m r"]:
     """Approximate the top left singular subspace by randomised subspace iteration (Halko, Martinsson and Tropp 2011).
 
-    Only products with G and thin QR factorisations: by far the cheapest on a GPU. A `start` basis, such as that of the
-    last refresh, replaces the random one and needs fewer iterations.
+    Only products with G, thin QR factorisations and one small eigendecomposition: by far the cheapest on a GPU.
 
     Args:
         G: matrix (m, n), floating point, finite.
         rank: 1 <= rank <= min(m, n).
-        start: starting basis (m, rank), or None for Gaussian noise.
+        start: basis (m, rank) to improve, such as that of the last refresh; None, or another shape, starts from noise.
+        oversample: extra directions to carry along, >= 0; the best `rank` of all are kept.
         iterations: products with G Gᵀ, >= 0; each sharpens the basis by the squared ratio of singular values.
         generator: source of the Gaussian noise.
 
@@ -134,17 +135,19 @@ def power_basis(
     """
     check_matrix("G", G)
     check_rank(rank, G.shape)
-    if iterations < 0:
-        raise ValueError(f"iterations: got {iterations}, wanted >= 0")
+    check_integer("oversample", oversample, low=0)
+    check_integer("iterations", iterations, low=0)
     X = G.to(_work_dtype(G))
+    width = min(rank + oversample, *X.shape)
+    device = generator.device if generator is not None else X.device
+    Y = X @ torch.randn(X.shape[1], width, generator=generator, dtype=X.dtype, device=device).to(X.device)
     if start is not None and start.shape == (X.shape[0], rank):
-        Y = start.to(X.dtype)
-    else:
-        device = generator.device if generator is not None else X.device
-        Y = X @ torch.randn(X.shape[1], rank, generator=generator, dtype=X.dtype, device=device).to(X.device)
-    P = torch.linalg.qr(Y).Q
+        Y[:, :rank] = start
+    Q = torch.linalg.qr(Y).Q
     for _ in range(iterations):
-        P = torch.linalg.qr(X @ torch.linalg.qr(X.T @ P).Q).Q
+        Q = torch.linalg.qr(X @ torch.linalg.qr(X.T @ Q).Q).Q
+    small = Q.T @ X
+    P = Q @ torch.linalg.eigh(small @ small.T).eigenvectors[:, -rank:].flip(1)
     return P * fixed_signs(P)
 
 
@@ -170,7 +173,8 @@ def randomized_svd(
     """
     check_matrix("W", W)
     check_rank(rank, W.shape)
-    Q = power_basis(W, min(rank + oversample, *W.shape), iterations=iterations, generator=generator)
+    width = min(rank + oversample, *W.shape)
+    Q = power_basis(W, width, oversample=0, iterations=iterations, generator=generator)
     U, S, Vh = svd(Q.T @ W.to(Q.dtype), rank)
     U = Q @ U
     signs = fixed_signs(U)

@@ -28,6 +28,9 @@ def classification_loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> t
     return F.cross_entropy(model(x), y)
 
 
+_turned_digits = functools.cache(functools.partial(digits, rotate=90))
+
+
 @functools.cache
 def _upright_weights() -> dict[str, torch.Tensor]:
     data, model = digits(), MLP(SIZES, generator=torch.Generator().manual_seed(0))
@@ -68,7 +71,7 @@ def digits_shift(adapt: Adapt, lr: float, seed: int, *, steps: int = 200) -> dic
         "train loss" and "loss" (on 797 held-out images) in nats, "accuracy" (share of them), and "trainable", the count
         of trained numbers.
     """
-    data, model = digits(rotate=90), pretrained_on_digits()
+    data, model = _turned_digits(), pretrained_on_digits()
     groups = adapt(model, torch.Generator().manual_seed(seed))
     trained = [p for p in model.parameters() if p.requires_grad]
     if groups is None:

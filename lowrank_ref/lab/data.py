@@ -17,6 +17,7 @@ Nothing here draws random numbers from a global generator: splits are fixed, and
 index, so a resumed run sees the batches it would have seen.
 """
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -443,10 +444,13 @@ def array_batches(
         raise ValueError(f"batch: got {batch}, wanted 1 to {len(x)}, the number of rows")
     per_epoch = len(x) // batch
 
+    @functools.lru_cache(maxsize=1)
+    def order(epoch: int) -> Tensor:
+        return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(len(x)))
+
     def get(i: int) -> tuple[Tensor, Tensor]:
         epoch, k = divmod(i, per_epoch)
-        order = np.random.default_rng([seed, epoch]).permutation(len(x))
-        rows = torch.from_numpy(order[k * batch : (k + 1) * batch])
+        rows = order(epoch)[k * batch : (k + 1) * batch]
         return x[rows], y[rows]
 
     return get

@@ -62,7 +62,7 @@ def train(
     Args:
         model: left in the train or eval mode it comes in; `evaluate` sees it in eval mode and without gradients.
         batch: index -> arguments of the loss.
-        loss_fn: called as loss_fn(model, *batch(i)), returns a scalar to minimise.
+        loss_fn: called as `loss_fn(model, *batch(i))`, returns a scalar to minimise.
         optimizer: over the parameters to train.
         steps: optimizer steps, counted from the beginning also after a resume.
         schedule: step (from 0) -> factor on every group's first learning rate, which is kept in its "initial_lr";

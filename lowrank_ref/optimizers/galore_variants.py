@@ -24,7 +24,7 @@ from lowrank_ref.core.quantize import dequantize_blockwise, quantize_blockwise
 from lowrank_ref.optimizers.galore import GaLore, GaLoreAdamW, adam_direction
 from lowrank_ref.optimizers.projected import check_gradients
 
-#: Smaller moments stay in float32, as in bitsandbytes: nothing to save.
+#: Moments with fewer entries stay in float32, as in bitsandbytes.
 SMALLEST_8BIT = 4096
 
 

@@ -93,6 +93,7 @@ def test_zero_blocks_stay_zero_beside_others(signed):
     x[BLOCK + 3] = 0.7
     codes, peak = quantize_blockwise(x, signed=signed)
     assert torch.equal(dequantize_blockwise(codes, peak, signed=signed), x)
+    assert int((dynamic_code(signed)[codes.int()] != 0).sum()) == 1
     torch.testing.assert_close(peak, torch.tensor([0.0, 0.7, 0.0]), rtol=0, atol=0)
 
 

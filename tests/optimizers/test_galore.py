@@ -424,6 +424,24 @@ def test_fourteen_steps_equal_galore_torch(side, proj_type, weight_decay):
 # --- As an optimizer --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"betas": (1.0, 0.9)}, r"betas\[0\]: got 1.0, wanted a finite number in \[0"),
+        ({"betas": (0.9, -0.1)}, r"betas\[1\]: got -0.1"),
+        ({"eps": -1e-6}, "eps: got -1e-06"),
+        ({"eps": float("nan")}, "eps: got nan"),
+    ],
+)
+def test_adams_options_are_checked_in_every_group(options, message):
+    with pytest.raises(ValueError, match=message):
+        GaLoreAdamW([nn.Parameter(torch.ones(3, 2))], **options)
+    with pytest.raises(ValueError, match=message):
+        GaLoreAdamW([{"params": [nn.Parameter(torch.ones(3, 2))], **options}])
+    with pytest.raises(TypeError, match=next(iter(options))):
+        GaLoreSGD([nn.Parameter(torch.ones(3, 2))], **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cls", [GaLoreAdamW, GaLoreSGD])
 def test_a_saved_run_resumes_to_the_bit(cls, dtype):
