@@ -1,6 +1,6 @@
 """Exchange LoRA layers with huggingface/peft: save them as a PEFT folder, or load one into a plain model.
 
-`lowrank_ref.core.io` reads and writes the folder; this file says which layer becomes which entry. PEFT need not be
+`lowrank_ref.core.peft` reads and writes the folder; this file says which layer becomes which entry. PEFT need not be
 installed.
 """
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from lowrank_ref.adapters.lora import LoRALinear
 from lowrank_ref.adapters.lora_layers import LoRAConv2d, LoRAEmbedding
 from lowrank_ref.adapters.lora_relatives import DoRALinear
-from lowrank_ref.core.io import PEFT_HEADS, PeftLayer, mismatches, read_peft, refuse, write_peft
+from lowrank_ref.core.io import mismatches, refuse
 from lowrank_ref.core.layers import Adapter, Model, adapters, is_conv1d, is_linear, replace_modules, weight_of
+from lowrank_ref.core.peft import PEFT_HEADS, PeftLayer, read_peft, write_peft
 
 
 def save_peft(

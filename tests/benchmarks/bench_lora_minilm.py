@@ -81,7 +81,7 @@ def main() -> None:
         "head only": (None, [1e-2, 3e-2, 1e-1]),
         "LoRA q, v, r 8": (attention, [3e-3, 1e-2, 3e-2]),
         "LoRA all linear, r 8": (every, [1e-3, 3e-3, 1e-2]),
-        "full fine-tuning": ("", [3e-5, 1e-4, 3e-4, 1e-3]),
+        "full fine-tuning": ("", [1e-4, 3e-4, 1e-3, 3e-3]),
     }
 
     def run(name: str, lr: float, seed: int) -> dict[str, Any]:
