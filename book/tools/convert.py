@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+
 from execute import normalise, write
 from links import install_cell
 

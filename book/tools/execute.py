@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
-from links import ROOT, chapters
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+
+from links import ROOT, chapters
 
 BOOK = ROOT / "book"
 COPY = ROOT / "_build" / "book"
