@@ -4,9 +4,10 @@ import pkgutil
 from pathlib import Path
 from typing import Any
 
-import lowrank_ref
 from sphinx.application import Sphinx
 from sphinx.config import Config
+
+import lowrank_ref
 
 PAGE = """# {title}
 

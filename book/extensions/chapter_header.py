@@ -9,11 +9,12 @@ from html import escape
 from pathlib import Path
 
 from docutils import nodes
-from lowrank_ref.core.registry import PaperInfo, papers
 from pybtex.database import parse_file
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
+
+from lowrank_ref.core.registry import PaperInfo, papers
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import links
