@@ -13,6 +13,7 @@ and a second backward pass before `step()` is an error. The official Adafactor d
 as in `GaLoreAdamW`, after.
 """
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -110,14 +111,19 @@ def per_layer_updates(optimizer: GaLore) -> list[Any]:
 
     Raises:
         RuntimeError: in backward, when a second pass comes before `optimizer.step()`: that is gradient accumulation,
-            and would make one step of every micro-batch.
+            and would make one step of every micro-batch. Or when the optimizer no longer exists.
         ValueError: in backward, for a gradient with NaN or infinity. That parameter and its state are unchanged.
     """
     index = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
     done: set[int] = set()
+    # A parameter owns its hooks: a strong reference back through the optimizer would keep both alive for ever.
+    alive = weakref.ref(optimizer)
 
     @torch.no_grad()
     def hook(p: Tensor) -> None:
+        optimizer = alive()
+        if optimizer is None:
+            raise RuntimeError("backward: got per-layer updates of an optimizer that is gone, wanted it kept alive")
         if id(p) in done:
             raise RuntimeError("backward: got a second pass before optimizer.step(), wanted one; no accumulation here")
         assert p.grad is not None

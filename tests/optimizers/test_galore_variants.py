@@ -1,8 +1,10 @@
 """GaLore's variants: 8-bit moments beside 32-bit and bitsandbytes' ones, Adafactor beside galore-torch's, per-layer."""
 
 import copy
+import gc
 import io
 import math
+import weakref
 from functools import partial
 
 import pytest
@@ -440,3 +442,24 @@ def test_a_parameter_without_gradient_is_left_alone():
     loss(0).backward()
     assert torch.equal(before, model[0].weight) and model[0].weight not in optimizer.state
     assert model[2].weight in optimizer.state
+
+
+def test_per_layer_updates_keep_nothing_alive():
+    """A hook that held its optimizer would keep model and state in memory for ever, out of the collector's sight."""
+    model = nn.Linear(3, 2)
+    optimizer = GaLoreAdamW(model.parameters())
+    per_layer_updates(optimizer)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    weight = weakref.ref(model.weight)
+    del model, optimizer
+    gc.collect()
+    assert weight() is None
+
+
+def test_per_layer_updates_of_a_lost_optimizer_raise():
+    model = nn.Linear(3, 2)
+    per_layer_updates(GaLoreAdamW(model.parameters()))
+    gc.collect()
+    with pytest.raises(RuntimeError, match="optimizer that is gone"):
+        model(torch.ones(1, 3)).sum().backward()
