@@ -28,7 +28,6 @@ from links import ROOT, chapters
 BOOK = ROOT / "book"
 COPY = ROOT / "_build" / "book"
 TIMINGS = BOOK / "results" / "timings.json"
-AT_ONCE = 2
 CELL_TIMEOUT = 600  # seconds, after which a cell counts as hanging
 CELL_BUDGET = 30  # seconds, more is reported
 CHAPTER_BUDGET = 60
@@ -157,9 +156,9 @@ def _report(
     return f"{name}, cell {index + 1} of {len(notebook.cells)}:\n\n{source}\n\n{told}"
 
 
-async def run_all(paths: list[Path], root: Path) -> list[Run]:
-    """Execute the chapters, a few at a time, with a line for each."""
-    gate = asyncio.Semaphore(AT_ONCE)
+async def run_all(paths: list[Path], root: Path, at_once: int) -> list[Run]:
+    """Execute the chapters, `at_once` side by side, with a line for each."""
+    gate = asyncio.Semaphore(at_once)
     done = 0
 
     async def one(path: Path) -> Run:
@@ -235,7 +234,10 @@ def main() -> int:
         parser.error("chapters are named together with --in-place")
     os.environ.update(ENVIRONMENT)
     root = BOOK if options.in_place else copy_book()
-    runs = asyncio.run(run_all(options.chapter or chapters(root), root))
+    at_once = (
+        1 if options.in_place else 2
+    )  # in place the times are kept, so nothing runs beside
+    runs = asyncio.run(run_all(options.chapter or chapters(root), root, at_once))
     failed = report(runs)
     if options.in_place and not options.chapter and not failed:
         store_timings(runs)

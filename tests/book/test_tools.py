@@ -24,7 +24,7 @@ print("one"); print("two", object())
 
 
 def run(folder, *paths):
-    return asyncio.run(execute.run_all(list(paths), folder))
+    return asyncio.run(execute.run_all(list(paths), folder, 2))
 
 
 def save(path, *sources):
