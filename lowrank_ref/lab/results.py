@@ -1,6 +1,7 @@
 """Results that were measured elsewhere, on a GPU or for minutes on a CPU, and stored as JSON in `book/results/`."""
 
 import json
+import textwrap
 import urllib.request
 from importlib.metadata import metadata
 from pathlib import Path
@@ -40,7 +41,8 @@ def _repository() -> str:
 
 
 def provenance(part: dict[str, Any]) -> str:
-    """Say in one line when, on what and with which command a part of a results file was measured."""
+    """Say what was measured in a part of a results file, when, on what, and with which command; 79 columns wide."""
     p = part["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in p["versions"].items())
-    return f"Measured {p['date']} on {p['hardware']} with Python {p['python']}, {versions}.\n{p['command']}"
+    measured = f"Measured {p['date']} on {p['hardware']} with Python {p['python']}, {versions}."
+    return "\n".join(textwrap.fill(line, 79) for line in (part["setting"], measured, p["command"]))

@@ -8,13 +8,14 @@ import pytest
 from lowrank_ref.lab import results
 
 PART = {
+    "setting": "one model, " + "many words " * 8,
     "provenance": {
         "date": "2026-01-02",
         "hardware": "a GPU",
         "python": "3.12",
         "versions": {"torch": "2.11"},
         "command": "python run.py",
-    }
+    },
 }
 
 
@@ -50,5 +51,6 @@ def test_missing_everywhere(tmp_path, monkeypatch):
 
 
 def test_provenance_line():
-    wanted = "Measured 2026-01-02 on a GPU with Python 3.12, torch 2.11.\npython run.py"
-    assert results.provenance(PART) == wanted
+    lines = results.provenance(PART).split("\n")
+    assert lines[-2:] == ["Measured 2026-01-02 on a GPU with Python 3.12, torch 2.11.", "python run.py"]
+    assert " ".join(lines[:-2]) == PART["setting"].strip() and max(map(len, lines)) <= 79
