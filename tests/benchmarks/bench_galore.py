@@ -16,7 +16,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import MIB, arguments, evaluate, milliseconds, peak_mib, reset_peak, save, synchronize
+from common import (
+    MIB,
+    arguments,
+    block_groups,
+    evaluate,
+    milliseconds,
+    peak_mib,
+    reset_peak,
+    save,
+    synchronize,
+    train_step,
+)
 from torch import nn
 
 from lowrank_ref.adapters import LoRALinear
@@ -30,19 +41,12 @@ from lowrank_ref.optimizers import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 ALL_LINEAR = r"(attn\.[qkvo]|mlp\.(gate|up|down))$"
 
 
-def groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
-    """Put the seven matrices of every block in a projected group, the rest in a plain one."""
-    inner = [m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith("blocks.")]
-    ids = {id(p) for p in inner}
-    return [{"params": inner, **options}, {"params": [p for p in model.parameters() if id(p) not in ids]}]
-
-
 def official(model: nn.Module, rank: int) -> torch.optim.Optimizer:
     """Build galore-torch's AdamW on the same groups."""
     from galore_torch import GaLoreAdamW as Official
 
     options = {"rank": rank, "update_proj_gap": 10_000, "scale": 0.25, "proj_type": "std"}
-    return Official(groups(model, **options), lr=1e-4, no_deprecation_warning=True)
+    return Official(block_groups(model, **options), lr=1e-4, no_deprecation_warning=True)
 
 
 def optimizers(rank: int) -> dict[str, Callable[[nn.Module], torch.optim.Optimizer]]:
@@ -51,12 +55,12 @@ def optimizers(rank: int) -> dict[str, Callable[[nn.Module], torch.optim.Optimiz
     galore = {"rank": rank, "gap": 10_000}
     return {
         "AdamW (fused)": lambda m: torch.optim.AdamW(m.parameters(), lr=1e-4, fused=fused),
-        "GaLore": lambda m: GaLoreAdamW(groups(m, **galore), lr=1e-4),
-        "GaLore, exact SVD": lambda m: GaLoreAdamW(groups(m, **galore), lr=1e-4, basis=svd_basis),
-        "GaLore 8-bit": lambda m: GaLoreAdamW8bit(groups(m, **galore), lr=1e-4),
-        "GaLore Adafactor": lambda m: GaLoreAdafactor(groups(m, **galore), lr=1e-4),
-        "GaLore, per layer": lambda m: GaLoreAdamW(groups(m, **galore), lr=1e-4),
-        "GaLore 8-bit, per layer": lambda m: GaLoreAdamW8bit(groups(m, **galore), lr=1e-4),
+        "GaLore": lambda m: GaLoreAdamW(block_groups(m, **galore), lr=1e-4),
+        "GaLore, exact SVD": lambda m: GaLoreAdamW(block_groups(m, **galore), lr=1e-4, basis=svd_basis),
+        "GaLore 8-bit": lambda m: GaLoreAdamW8bit(block_groups(m, **galore), lr=1e-4),
+        "GaLore Adafactor": lambda m: GaLoreAdafactor(block_groups(m, **galore), lr=1e-4),
+        "GaLore, per layer": lambda m: GaLoreAdamW(block_groups(m, **galore), lr=1e-4),
+        "GaLore 8-bit, per layer": lambda m: GaLoreAdamW8bit(block_groups(m, **galore), lr=1e-4),
         "galore-torch": lambda m: official(m, rank),
     }
 
@@ -127,7 +131,7 @@ def prepare(name: str, model: GPT, rank: int, lr: float, gap: int) -> torch.opti
     if name == "Adam":
         return adam(model.parameters())
     if name == "GaLore":
-        return GaLoreAdamW(groups(model, rank=rank, gap=gap, scale=0.25), lr=lr)
+        return GaLoreAdamW(block_groups(model, rank=rank, gap=gap, scale=0.25), lr=lr)
     if name == "LoRA":
         replace_linears(model, ALL_LINEAR, partial(LoRALinear, rank=rank, alpha=rank), trainable=r"embed|norm|head")
     else:
@@ -164,12 +168,7 @@ def pretraining(tiny: bool, device: str, keep: Callable[[dict[str, Any]], None])
             cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * i / steps))
             for group in optimizer.param_groups:
                 group["lr"] = lr * warm * cosine
-            optimizer.zero_grad()
-            x, y = (t.to(device) for t in data(i))
-            with torch.autocast(device, torch.bfloat16):
-                model.loss(x, y).backward()
-            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-            optimizer.step()
+            train_step(model, optimizer, data(i), device)
             if (i + 1) % every == 0:
                 curve.append([i + 1, round(evaluate(model, valid, count, device), 4)])
         row = {

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import arguments, evaluate, save
+from common import arguments, block_groups, evaluate, save
 from torch import nn
 
 from lowrank_ref.adapters import LoRALinear
@@ -24,13 +24,6 @@ from lowrank_ref.optimizers import GaLoreAdamW
 SCALE, RANK, GAP = 0.25, 16, 100
 
 
-def groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
-    """Put the matrices of the blocks in a group of their own."""
-    inner = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
-    ids = {id(p) for p in inner}
-    return [{"params": inner, **options}, {"params": [p for p in model.parameters() if id(p) not in ids]}]
-
-
 def random_basis(G: torch.Tensor, rank: int, *, start: torch.Tensor | None = None) -> torch.Tensor:
     """Draw a basis that knows nothing of the gradient."""
     return torch.linalg.qr(torch.randn(G.shape[0], rank, device=G.device)).Q
@@ -40,9 +33,9 @@ def prepare(method: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """Change the model as the method asks and build its optimizer."""
     if method in ("GaLore", "random basis"):
         basis = random_basis if method == "random basis" else gram_basis
-        return GaLoreAdamW(groups(model, rank=RANK, gap=GAP, scale=SCALE), lr=lr, basis=basis)
+        return GaLoreAdamW(block_groups(model, rank=RANK, gap=GAP, scale=SCALE), lr=lr, basis=basis)
     if method == "two-rate Adam":
-        return torch.optim.Adam(groups(model, lr=SCALE * lr), lr=lr)
+        return torch.optim.Adam(block_groups(model, lr=SCALE * lr), lr=lr)
     if method == "LoRA":
         layer = partial(LoRALinear, rank=RANK, alpha=RANK)
         replace_linears(model, r"(attn\.[qkvo]|mlp\.(gate|up|down))$", layer, trainable="embed|norm|head")

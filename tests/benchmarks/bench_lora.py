@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import MIB, arguments, evaluate, milliseconds, peak_mib, reset_peak, save
+from common import MIB, arguments, evaluate, milliseconds, peak_mib, reset_peak, save, train_step
 
 from lowrank_ref.adapters import DoRALinear, LoRALinear
 from lowrank_ref.core.accounting import parameter_report, state_bytes
@@ -114,17 +114,9 @@ def train(model: GPT, data: Any, params: Any, *, lr: float, steps: int, device: 
     """AdamW with a tenth of warm-up and linear decay to zero."""
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=device == "cuda")
     warmup = max(1, steps // 10)
-    factors = [g["lr"] / lr for g in optimizer.param_groups]
     for i in range(steps):
-        multiplier = min((i + 1) / warmup, (steps - i) / (steps - warmup))
-        for group, factor in zip(optimizer.param_groups, factors):
-            group["lr"] = lr * factor * multiplier
-        optimizer.zero_grad()
-        x, y = (t.to(device) for t in data(i))
-        with torch.autocast(device, torch.bfloat16):
-            model.loss(x, y).backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        optimizer.step()
+        optimizer.param_groups[0]["lr"] = lr * min((i + 1) / warmup, (steps - i) / (steps - warmup))
+        train_step(model, optimizer, data(i), device)
     return model
 
 

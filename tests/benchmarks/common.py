@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 MIB = 2**20
 
@@ -54,6 +55,23 @@ def save(path: Path, part: str, results: dict[str, Any], packages: tuple[str, ..
     whole[part] = {**results, "provenance": provenance(packages)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
+
+
+def block_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
+    """Put the seven matrices of every block of a GPT in a group with these options, the rest in a plain one."""
+    inner = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+    ids = {id(p) for p in inner}
+    return [{"params": inner, **options}, {"params": [p for p in model.parameters() if id(p) not in ids]}]
+
+
+def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: Any, device: str) -> None:
+    """Take one step of a language model under bf16 autocast, gradients clipped to norm 1."""
+    optimizer.zero_grad()
+    x, y = (t.to(device) for t in batch)
+    with torch.autocast(device, torch.bfloat16):
+        model.loss(x, y).backward()
+    nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
 
 
 @torch.no_grad()
