@@ -3,6 +3,8 @@
 A new paper adds its parameter count to `COUNTS`, nothing else. `test_battery.py` holds the tests.
 """
 
+import io
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -107,3 +109,41 @@ def distributed(rank, world, folder):
     if rank == 0:
         torch.save(results, f"{folder}/results")
     torch.distributed.destroy_process_group()
+
+
+def assert_resumes(build, gradient):
+    """Save an optimizer's run after four steps, load it elsewhere with weights_only, and go on to the same bits.
+
+    `build()` returns (weights, optimizer), the same each time; `gradient(W, t)` is the gradient of W at step t. State
+    keeps its dtypes, and a run without the saved state ends elsewhere.
+    """
+
+    def steps(weights, optimizer, times):
+        for t in times:
+            for W in weights:
+                W.grad = gradient(W, t)
+            optimizer.step()
+
+    weights, optimizer = build()
+    steps(weights, optimizer, range(4))  # with a gap of 3, in the middle of one
+    file = io.BytesIO()
+    torch.save({"weights": weights, "optimizer": optimizer.state_dict()}, file)
+    steps(weights, optimizer, range(4, 9))
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed, again = build()
+    for W, V in zip(resumed, saved["weights"]):
+        W.data.copy_(V)
+    again.load_state_dict(saved["optimizer"])
+    for W, V in zip(weights, resumed):
+        dtypes = [
+            {key: value.dtype for key, value in o.state[p].items() if key != "step"}
+            for o, p in ((optimizer, W), (again, V))
+        ]
+        assert dtypes[0] == dtypes[1]
+    steps(resumed, again, range(4, 9))
+    assert all(torch.equal(W, V) for W, V in zip(weights, resumed))
+    fresh, forgetful = build()
+    steps(fresh, forgetful, range(4, 9))
+    assert not torch.equal(fresh[0], weights[0])

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import io
 import math
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from battery import assert_resumes
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
@@ -449,29 +449,7 @@ def test_a_saved_run_resumes_to_the_bit(cls, dtype):
         weights = [nn.Parameter(randoms(6, 4).to(dtype)), nn.Parameter(randoms(5).to(dtype))]
         return weights, cls([{"params": weights[:1], "rank": 2}, {"params": weights[1:]}], lr=0.1, gap=3)
 
-    def steps(weights, optimizer, times):
-        for t in times:
-            for W in weights:
-                W.grad = randoms(*W.shape, seed=t).to(dtype)
-            optimizer.step()
-
-    weights, optimizer = build()
-    steps(weights, optimizer, range(4))  # in the middle of a gap
-    file = io.BytesIO()
-    torch.save({"weights": weights, "optimizer": optimizer.state_dict()}, file)
-    steps(weights, optimizer, range(4, 9))
-
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    resumed, again = build()
-    for W, V in zip(resumed, saved["weights"]):
-        W.data.copy_(V)
-    again.load_state_dict(saved["optimizer"])
-    steps(resumed, again, range(4, 9))
-    assert all(torch.equal(W, V) for W, V in zip(weights, resumed))
-    fresh, forgetful = build()
-    steps(fresh, forgetful, range(4, 9))
-    assert not torch.equal(fresh[0], weights[0])
+    assert_resumes(build, lambda W, t: randoms(*W.shape, seed=t).to(dtype))
 
 
 def test_a_deep_copy_keeps_its_basis_and_goes_its_own_way():

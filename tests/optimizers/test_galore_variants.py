@@ -2,13 +2,13 @@
 
 import copy
 import gc
-import io
 import math
 import weakref
 from functools import partial
 
 import pytest
 import torch
+from battery import assert_resumes
 from torch import nn
 
 from lowrank_ref.core.accounting import state_bytes, state_numel
@@ -272,32 +272,7 @@ def test_a_saved_run_resumes_to_the_bit(cls, dtype):
         groups = [{"params": weights[:1], "rank": 64}, {"params": weights[1:2], "rank": 2}, {"params": weights[2:]}]
         return weights, cls(groups, lr=0.1, gap=3)
 
-    def steps(weights, optimizer, times):
-        for t in times:
-            for W in weights:
-                W.grad = randoms(*W.shape, seed=t).to(dtype)
-            optimizer.step()
-
-    weights, optimizer = build()
-    steps(weights, optimizer, range(4))  # in the middle of a gap
-    file = io.BytesIO()
-    torch.save({"weights": weights, "optimizer": optimizer.state_dict()}, file)
-    steps(weights, optimizer, range(4, 8))
-
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    resumed, again = build()
-    for W, V in zip(resumed, saved["weights"]):
-        W.data.copy_(V)
-    again.load_state_dict(saved["optimizer"])
-    for W, V in zip(weights, resumed):
-        dtypes = [
-            {key: value.dtype for key, value in o.state[p].items() if key != "step"}
-            for o, p in ((optimizer, W), (again, V))
-        ]
-        assert dtypes[0] == dtypes[1]
-    steps(resumed, again, range(4, 8))
-    assert all(torch.equal(W, V) for W, V in zip(weights, resumed))
+    assert_resumes(build, lambda W, t: randoms(*W.shape, seed=t).to(dtype))
 
 
 @pytest.mark.parametrize("cls", [GaLoreAdafactor, GaLoreAdamW8bit])
