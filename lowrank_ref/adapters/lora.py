@@ -161,6 +161,7 @@ class LoRALinear(AdaptedLinear):
 PAPER = PaperInfo(
     key="lora",
     part="adapters",
+    name="LoRA",
     title="LoRA: Low-Rank Adaptation of Large Language Models",
     authors=(
         "Edward J. Hu",
@@ -175,6 +176,11 @@ PAPER = PaperInfo(
     year=2021,
     arxiv="2106.09685v2",
     summary="Fine-tune a large network by training two thin matrices beside each frozen weight.",
+    use_when="you adapt a finished model and the change it needs is of low rank: look at the spectrum of ΔW first",
+    instead={
+        "galore": "all of the weight should move, and only optimizer memory is short",
+        "randlora": "the spectrum of ΔW is flat",
+    },
     official_code="microsoft/LoRA",
     code_licence="MIT",
     equations={"equation 3": "lora_update", "ΔW = (α/r)·BA": "delta_weight", "initialisation": "init_factors"},

@@ -35,12 +35,15 @@ class PaperInfo:
 
     Attributes:
         key: module, test and chapter name, and the key in `references.bib`.
+        name: what people call the method.
         part: folder in the three trees, a key of `PARTS`.
         title: the paper's title.
         authors: names in the paper's order.
         year: of the arXiv version read.
         arxiv: identifier with version, such as "2106.09685v2".
         summary: one sentence on why to read the chapter.
+        use_when: the situation in which the measurements here speak for the method, as "you ...".
+        instead: key of another paper -> the situation in which that one is the better choice.
         official_code: repository as "owner/name", or "" where none is known.
         code_licence: licence of that repository.
         equations: what the paper calls it -> name of the function here.
@@ -54,11 +57,14 @@ class PaperInfo:
 
     key: str
     part: str
+    name: str
     title: str
     authors: tuple[str, ...]
     year: int
     arxiv: str
     summary: str
+    use_when: str
+    instead: dict[str, str]
     official_code: str = ""
     code_licence: str = ""
     equations: dict[str, str] = field(default_factory=dict)
@@ -74,6 +80,8 @@ class PaperInfo:
             raise ValueError(f"part: got {self.part!r}, wanted one of {sorted(PARTS)}")
         if self.key not in PARTS[self.part][1]:
             raise ValueError(f"key: got {self.key!r}, wanted one of {PARTS[self.part][1]}")
+        if strangers := set(self.instead) - {key for _, keys in PARTS.values() for key in keys}:
+            raise ValueError(f"instead: got {sorted(strangers)}, wanted keys of planned papers")
         if self.status not in ("draft", "checked", "frozen"):
             raise ValueError(f"status: got {self.status!r}, wanted 'draft', 'checked' or 'frozen'")
 

@@ -199,6 +199,7 @@ class GaLoreSGD(GaLore):
 PAPER = PaperInfo(
     key="galore",
     part="optimizers",
+    name="GaLore",
     title="GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
     authors=(
         "Jiawei Zhao",
@@ -211,6 +212,8 @@ PAPER = PaperInfo(
     year=2024,
     arxiv="2403.03507v2",
     summary="Train every weight in full, and keep Adam's state only for the top directions of each gradient.",
+    use_when="you train every weight and Adam's state does not fit; tune it against Adam with two learning rates",
+    instead={"lora": "a pretrained model only needs a small change", "sltrain": "the weights do not fit either"},
     official_code="jiaweizzhao/GaLore",
     code_licence="Apache-2.0",
     equations={"algorithm 2: projector": "projectors", "R": "project", "N": "adam_direction", "G̃": "project_back"},

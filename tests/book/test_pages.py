@@ -9,7 +9,10 @@ from urllib.parse import unquote
 
 import links
 import pytest
+from bs4 import BeautifulSoup
 from links import ROOT
+
+from lowrank_ref.core.registry import papers
 
 HTML = ROOT / "_build" / "html"
 PAGES = sorted(path.relative_to(HTML).as_posix() for path in HTML.rglob("*.html") if "_static" not in path.parts)
@@ -59,6 +62,32 @@ def test_page_is_light(name):
     images = {((HTML / name).parent / src).resolve() for src in re.findall(r'<img[^>]* src="([^":]+)"', text)}
     size = len(text.encode()) + sum(image.stat().st_size for image in images)
     assert size <= 1_000_000
+
+
+@needs_pages
+def test_internal_links_lead_somewhere():
+    """Every link from page to page, and the anchor it names."""
+    pages = {name: BeautifulSoup((HTML / name).read_text(encoding="utf-8"), "html.parser") for name in PAGES}
+    anchors = {name: {tag["id"] for tag in page.select("[id]")} for name, page in pages.items()}
+    broken = []
+    for name, page in pages.items():
+        for href in (tag["href"] for tag in page.select(".bd-article a[href]")):
+            target, _, anchor = unquote(href).partition("#")
+            path = (HTML / name).parent / target if target else HTML / name
+            if "://" in href or not path.resolve().is_relative_to(HTML):
+                continue
+            place = path.resolve().relative_to(HTML).as_posix()
+            if not path.exists() or (anchor and place in anchors and anchor not in anchors[place]):
+                broken.append((name, href))
+    assert broken == []
+
+
+@needs_pages
+def test_the_chooser_names_every_chapter():
+    page = BeautifulSoup((HTML / "chooser.html").read_text(encoding="utf-8"), "html.parser")
+    rows = [row.find_all("td") for row in page.select("table.lr-wide tbody tr")]
+    assert [row[0].get_text() for row in rows] == [paper.name for paper in papers().values()]
+    assert all("#" in row[3].a["href"] and row[3].get_text() != "read" for row in rows)
 
 
 # --- in a browser
@@ -157,6 +186,26 @@ def test_explorers_move_by_keyboard(page, site, name):
 def test_search_finds_the_paper(page, site, query):
     page.goto(f"{site}/search.html?q={query}")
     page.locator("#search-results a[href^='adapters/lora.html']").first.wait_for()
+    assert page.complaints == []
+
+
+@needs_pages
+@needs_browser
+@pytest.mark.browser
+def test_the_ledger_filters_and_sorts(page, site):
+    read(page, f"{site}/claims.html")
+    rows = page.locator("table[data-ledger] tbody tr:visible")
+    whole = rows.count()
+    page.get_by_label("verdict").select_option("holds")
+    assert 0 < rows.count() < whole
+    assert set(page.locator("tbody tr:visible td:last-child").all_text_contents()) == {"holds"}
+    page.get_by_label("verdict").select_option("")
+    page.get_by_label("find").fill("galore")
+    assert 0 < rows.count() < whole
+    page.get_by_label("find").fill("")
+    page.get_by_role("button", name="verdict").click()
+    seen = page.locator("tbody tr td:last-child").all_text_contents()
+    assert len(seen) == whole and seen == sorted(seen)
     assert page.complaints == []
 
 

@@ -6,7 +6,8 @@ import pytest
 from lowrank_ref.core import registry
 from lowrank_ref.core.registry import PARTS, PaperInfo, papers
 
-CARD = {"title": "T", "authors": ("A",), "year": 2024, "arxiv": "2401.00001v1", "summary": "S."}
+CARD = {"name": "N", "title": "T", "authors": ("A",), "year": 2024, "arxiv": "2401.00001v1", "summary": "S."}
+CARD |= {"use_when": "you test", "instead": {}}
 
 
 def test_every_planned_name_stands_once():
@@ -20,7 +21,9 @@ def test_cards_agree_with_their_place():
     for key, info in found.items():
         assert info.key == key
         assert importlib.import_module(info.module).PAPER is info
-        assert info.title and info.authors and info.summary.endswith(".")
+        assert info.name and info.title and info.authors and info.summary.endswith(".")
+        assert info.use_when.startswith("you ") and not info.use_when.endswith(".")
+        assert key not in info.instead
         assert info.verified or info.status == "draft"
         for function in info.equations.values():
             assert hasattr(importlib.import_module(info.module), function), f"{info.module} has no {function}"
@@ -38,6 +41,7 @@ def test_cards_come_in_the_order_of_the_book():
     [
         ({"part": "nowhere"}, "part: got 'nowhere', wanted one of"),
         ({"key": "galore"}, "key: got 'galore', wanted one of"),
+        ({"instead": {"lorra": "never"}}, r"instead: got \['lorra'\], wanted keys"),
         ({"status": "done"}, "status: got 'done', wanted"),
     ],
 )
