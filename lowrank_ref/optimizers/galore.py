@@ -6,9 +6,9 @@ Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Project
 |-----------------------------------------------|----------------------------------------|
 | P, Q: top singular vectors of G every T steps | `projectors`                           |
 | R = PᵀG, R = GQ, or R = PᵀGQ                  | `project`                              |
-| N = M/(√V + ε), M and V of the size of R      | `adam_direction`                       |
+| N = M/(√V + ε), M and V of the size of R      | `adam_directions`                      |
 | G̃ = α·PN                                      | `project_back`                         |
-| W ← W - η·G̃                                   | `GaLoreAdamW`, `GaLoreSGD`             |
+| W ← W - η·G̃                                   | `add_back`, `GaLoreAdamW`, `GaLoreSGD` |
 
 Letters: W and G are (m, n); left basis P (m, r), right basis Q (n, r), rank r; `gap` is T, `scale` is α, `lr` is η.
 
@@ -77,19 +77,42 @@ def project_back(
     return D if right is None else D @ right.T
 
 
-def adam_direction(R: Tensor, M: Tensor, V: Tensor, step: int, *, betas: tuple[float, float], eps: float) -> Tensor:
-    """Update the moments M and V in place and return Adam's direction, bias correction included.
+def add_back(
+    W: Tensor,
+    N: Tensor,
+    factor: float,
+    *,
+    left: Float[Tensor, "m r"] | None = None,
+    right: Float[Tensor, "n r"] | None = None,
+) -> None:
+    """Add factor · `project_back` (N) to W in place, without forming the (m, n) direction beside W."""
+    if left is None and right is None:
+        W.add_(N, alpha=factor)
+    elif right is None:
+        W.addmm_(left, N, alpha=factor)
+    else:
+        W.addmm_(N if left is None else left @ N, right.T, alpha=factor)
+
+
+def adam_directions(
+    R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[int], *, betas: tuple[float, float], eps: float
+) -> list[Tensor]:
+    """Update the moments in place and return Adam's directions, bias correction included.
 
     Args:
-        R: (projected) gradient; M, V: its moments, same shape.
-        step: t >= 1.
+        R: (projected) gradients; M, V: their moments, same shapes. One operation on a list is one launch on a GPU.
+        steps: t >= 1 of each.
         betas: (β₁, β₂), each in [0, 1).
         eps: added to √V before bias correction.
     """
-    M.lerp_(R, 1 - betas[0])
-    V.mul_(betas[1]).addcmul_(R, R, value=1 - betas[1])
-    correction = math.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step)
-    return M / V.sqrt().add_(eps) * correction
+    torch._foreach_lerp_(M, R, 1 - betas[0])
+    torch._foreach_mul_(V, betas[1])
+    torch._foreach_addcmul_(V, R, R, value=1 - betas[1])
+    root = torch._foreach_sqrt(V)
+    torch._foreach_add_(root, eps)
+    N = torch._foreach_div(M, root)
+    torch._foreach_mul_(N, [math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t) for t in steps])
+    return list(N)
 
 
 class GaLore(ProjectedOptimizer):
@@ -133,21 +156,27 @@ class GaLore(ProjectedOptimizer):
         """Let a copy keep the basis: PyTorch would carry over only its own three attributes."""
         return {**super().__getstate__(), "basis": self.basis}
 
-    def update(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Take one step of one parameter from its gradient."""
-        state, G = self.state[p], p.grad
-        assert G is not None
-        state["step"] = state.get("step", 0) + 1
-        if group["rank"] is not None and (state["step"] - 1) % group["gap"] == 0:
-            state.update(projectors(G, group["rank"], side=group["side"], basis=self.basis, old=state))
-        bases = {key: state[key] for key in ("left", "right") if key in state}
-        D = project_back(self.direction(project(G, **bases), state, group), **bases)
-        p.add_(D, alpha=-group["lr"] * (group["scale"] if bases else 1.0))
-        if group["weight_decay"]:
-            p.mul_(1 - group["lr"] * group["weight_decay"])
+    def update(self, ps: list[Tensor], group: dict[str, Any]) -> None:
+        """Take one step of each parameter from its gradient."""
+        states, bases = [self.state[p] for p in ps], []
+        for p, state in zip(ps, states):
+            state["step"] = state.get("step", 0) + 1
+            if group["rank"] is not None and (state["step"] - 1) % group["gap"] == 0:
+                state.update(projectors(p.grad, group["rank"], side=group["side"], basis=self.basis, old=state))
+            bases.append({key: state[key] for key in ("left", "right") if key in state})
+        R = [project(p.grad, **basis) for p, basis in zip(ps, bases)]
+        factor = -group["lr"] * (group["scale"] if group["rank"] is not None else 1.0)
+        for p, N, basis in zip(ps, self.directions(R, states, group), bases):
+            add_back(p, N, factor, **basis)
+            if group["weight_decay"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+
+    def directions(self, R: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Iterable[Tensor]:
+        """Return the steps for (projected) gradients R, of their shapes, and update their states."""
+        return (self.direction(r, state, group) for r, state in zip(R, states))
 
     def direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """Return the step for the (projected) gradient R, its shape, and update the state."""
+        """Return the step for one (projected) gradient R, and update its state."""
         raise NotImplementedError
 
 
@@ -181,11 +210,13 @@ class GaLoreAdamW(GaLore):
             check_number(f"betas[{i}]", beta, low=0, high=1 - 1e-12)
         check_number("eps", group["eps"], low=0)
 
-    def direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        """Return Adam's direction."""
-        if "M" not in state:
-            state["M"], state["V"] = torch.zeros_like(R), torch.zeros_like(R)
-        return adam_direction(R, state["M"], state["V"], state["step"], betas=group["betas"], eps=group["eps"])
+    def directions(self, R: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Iterable[Tensor]:
+        """Return Adam's directions."""
+        for r, state in zip(R, states):
+            if "M" not in state:
+                state["M"], state["V"] = torch.zeros_like(r), torch.zeros_like(r)
+        M, V, steps = ([state[key] for state in states] for key in ("M", "V", "step"))
+        return adam_directions(R, M, V, steps, betas=group["betas"], eps=group["eps"])
 
 
 class GaLoreSGD(GaLore):
@@ -201,14 +232,7 @@ PAPER = PaperInfo(
     part="optimizers",
     name="GaLore",
     title="GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
-    authors=(
-        "Jiawei Zhao",
-        "Zhenyu Zhang",
-        "Beidi Chen",
-        "Zhangyang Wang",
-        "Anima Anandkumar",
-        "Yuandong Tian",
-    ),
+    authors=("Jiawei Zhao", "Zhenyu Zhang", "Beidi Chen", "Zhangyang Wang", "Anima Anandkumar", "Yuandong Tian"),
     year=2024,
     arxiv="2403.03507v2",
     summary="Train every weight in full, and keep Adam's state only for the top directions of each gradient.",
@@ -216,7 +240,7 @@ PAPER = PaperInfo(
     instead={"lora": "a pretrained model only needs a small change", "sltrain": "the weights do not fit either"},
     official_code="jiaweizzhao/GaLore",
     code_licence="Apache-2.0",
-    equations={"algorithm 2: projector": "projectors", "R": "project", "N": "adam_direction", "G̃": "project_back"},
+    equations={"algorithm 2: projector": "projectors", "R": "project", "N": "adam_directions", "G̃": "project_back"},
     deviations=("bases from the Gram matrix, with fixed signs", "no Tucker projector"),
     aliases=("gradient low-rank projection", "GaLoreAdamW", "GaLore 8-bit"),
     status="checked",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lowrank_ref.core.checks import check_number
 from lowrank_ref.core.quantize import dequantize_blockwise, quantize_blockwise
-from lowrank_ref.optimizers.galore import GaLore, GaLoreAdamW, adam_direction
+from lowrank_ref.optimizers.galore import GaLore, GaLoreAdamW, adam_directions
 from lowrank_ref.optimizers.projected import check_gradients
 
 #: Moments with fewer entries stay in float32, as in bitsandbytes.
@@ -32,12 +32,17 @@ SMALLEST_8BIT = 4096
 class GaLoreAdamW8bit(GaLoreAdamW):
     """`GaLoreAdamW` whose moments rest as 8-bit codes: 2 bytes and 8/256 bytes an entry instead of 8. Same options."""
 
+    def directions(self, R: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Iterable[Tensor]:
+        """Return Adam's directions, one at a time: decoding the moments of all at once would take their memory."""
+        return (self.direction(r, state, group) for r, state in zip(R, states))
+
     def direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """Return Adam's direction."""
         if R.numel() < SMALLEST_8BIT:
-            return super().direction(R.float(), state, group).to(R.dtype)
+            return next(iter(super().directions([R.float()], [state], group))).to(R.dtype)
         M, V = _decode(state, "M", R), _decode(state, "V", R)
-        N = adam_direction(R.float(), M, V, state["step"], betas=group["betas"], eps=group["eps"])
+        options = {"betas": group["betas"], "eps": group["eps"]}
+        N = adam_directions([R.float()], [M], [V], [state["step"]], **options)[0]
         state["M_codes"], state["M_peak"] = quantize_blockwise(M, signed=True)
         state["V_codes"], state["V_peak"] = quantize_blockwise(V, signed=False)
         state["V_codes"].clamp_(min=1)  # rounded to zero beside a large neighbour, V would make M/√V explode
@@ -128,7 +133,7 @@ def per_layer_updates(optimizer: GaLore) -> list[Any]:
             raise RuntimeError("backward: got a second pass before optimizer.step(), wanted one; no accumulation here")
         assert p.grad is not None
         check_gradients([p.grad])
-        optimizer.update(p, optimizer.param_groups[index[id(p)]])
+        optimizer.update([p], optimizer.param_groups[index[id(p)]])
         done.add(id(p))
         p.grad = None
 

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from lowrank_ref.core.checks import check_integer, check_number, check_rank
 
+#: Parameters that step together: enough to launch few kernels, few enough that their projections need little memory.
+TOGETHER = 32
+
 
 class ProjectedOptimizer(torch.optim.Optimizer):
-    """An optimizer whose groups may carry a "rank". A subclass defines `update(p, group)`, one step of one parameter.
+    """An optimizer whose groups may carry a "rank". A subclass defines `update(ps, group)`, a step of some parameters.
 
     Every group has the options lr, rank (or None), gap, scale, side and weight_decay, and the name of the optimizer and
     the shapes of its parameters, by which a state is recognised on loading.
@@ -20,8 +23,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, options: dict[str, Any]) -> None:
         super().__init__(params, {**options, "method": type(self).__name__})
 
-    def update(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Take one step of one parameter from its gradient."""
+    def update(self, ps: list[Tensor], group: dict[str, Any]) -> None:
+        """Take one step of each of these parameters of a group, from its gradient."""
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -54,10 +57,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        todo = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        check_gradients([p.grad for p, _ in todo])
-        for p, group in todo:
-            self.update(p, group)
+        todo = [([p for p in group["params"] if p.grad is not None], group) for group in self.param_groups]
+        check_gradients([p.grad for ps, _ in todo for p in ps])
+        for ps, group in todo:
+            for i in range(0, len(ps), TOGETHER):
+                self.update(ps[i : i + TOGETHER], group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

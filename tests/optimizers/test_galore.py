@@ -17,7 +17,15 @@ from torch import nn
 
 from lowrank_ref.core.accounting import state_numel
 from lowrank_ref.core.linalg import captured_energy, gram_basis, power_basis, svd_basis
-from lowrank_ref.optimizers.galore import GaLoreAdamW, GaLoreSGD, adam_direction, project, project_back, projectors
+from lowrank_ref.optimizers.galore import (
+    GaLoreAdamW,
+    GaLoreSGD,
+    adam_directions,
+    add_back,
+    project,
+    project_back,
+    projectors,
+)
 
 SIDES = ["smaller", "larger", "left", "right", "both"]
 SHAPES = [(7, 4), (4, 7), (5, 5)]
@@ -151,6 +159,17 @@ def test_project_and_project_back_are_these_sums(problem):
             close(D[k, l], sum(terms))
 
 
+@given(problems(), st.floats(-2, 2))
+def test_add_back_adds_the_direction(problem, factor):
+    shape, rank, side = problem
+    G = randoms(*shape)
+    bases = projectors(G, rank, side=side)
+    W, N = randoms(*shape, seed=1), randoms(*project(G, **bases).shape, seed=2)
+    wanted = W + factor * project_back(N, **bases)
+    add_back(W, N, factor, **bases)
+    close(W, wanted)
+
+
 def test_without_a_basis_nothing_is_projected():
     G = randoms(3, 4)
     assert project(G) is G and project_back(G) is G
@@ -161,7 +180,7 @@ def test_adam_direction_number_by_number():
     m, v = [[0.0] * 3 for _ in range(2)], [[0.0] * 3 for _ in range(2)]
     for t in range(1, 5):
         R = randoms(2, 3, seed=t)
-        N = adam_direction(R, M, V, t, betas=(0.8, 0.95), eps=1e-2)
+        [N] = adam_directions([R], [M], [V], [t], betas=(0.8, 0.95), eps=1e-2)
         for i in range(2):
             for j in range(3):
                 g = R[i, j].item()

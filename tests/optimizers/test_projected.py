@@ -22,10 +22,11 @@ class Descent(ProjectedOptimizer):
             params, {"lr": 0.5, "rank": None, "gap": 1, "scale": 1.0, "side": "smaller", "weight_decay": 0.0} | options
         )
 
-    def update(self, p, group):
-        self.state[p]["step"] = self.state[p].get("step", 0) + 1
-        self.state[p]["last"] = p.grad.double()
-        p.sub_(p.grad, alpha=group["lr"])
+    def update(self, ps, group):
+        for p in ps:
+            self.state[p]["step"] = self.state[p].get("step", 0) + 1
+            self.state[p]["last"] = p.grad.double()
+            p.sub_(p.grad, alpha=group["lr"])
 
 
 def parameter(*shape: int, seed: int = 0) -> nn.Parameter:
@@ -145,6 +146,22 @@ def test_one_step_calls_update_once_for_each_gradient():
     optimizer.step()
     torch.testing.assert_close(a.detach(), before - 0.5)
     assert torch.equal(b, b_before) and b not in optimizer.state
+
+
+def test_parameters_step_in_chunks_each_once():
+    seen = []
+
+    class Watched(Descent):
+        def update(self, ps, group):
+            seen.append(len(ps))
+            super().update(ps, group)
+
+    ps = [parameter(2, 2, seed=i) for i in range(70)]
+    optimizer = Watched([{"params": ps[:65]}, {"params": ps[65:]}])
+    for p in ps[:-1]:
+        p.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert seen == [32, 32, 1, 4] and all(optimizer.state[p]["step"] == 1 for p in ps[:-1])
 
 
 def test_a_closure_is_called_once_with_gradients_on_and_its_loss_returned():
