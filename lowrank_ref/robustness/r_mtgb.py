@@ -16,15 +16,13 @@ non-outlier, outlier, task-specific. Rounds M₁, M₂, M₃ are `rounds`, ν is
 
 The equations are those of the official code. Kept from it: F starts at 0; leaves are means, without a Newton step; the
 gate's step is ν times a *sum* over rows; no regulariser on θ unless asked (the first abstract speaks of one).
-Changed: θ₀ is an argument and not drawn from a global generator; task numbers are those of the training data also at
-prediction; "outlier" is only a name, since (θ, N, O) → (-θ, O, N) changes nothing, so `outlier_score` orders the two
-groups by size.
+Changed: θ₀ is an argument, not drawn from a global generator; at prediction tasks keep their numbers of training. As
+(θ, N, O) → (-θ, O, N) changes nothing, "outlier" is only a name: `outlier_score` orders the two groups by size.
 
 Low rank: without S, the T × n table of all task functions is 1·Aᵀ + (1-g)·Nᵀ + g·Oᵀ with g = σ(θ), of rank at most 2
 for each output (`task_functions`).
 
-Cost: M₁ + 2·M₂ + T·M₃ trees and T gates. Only NumPy is needed here: any learner can be the tree. The scikit-learn
-estimators are in `r_mtgb_sklearn.py`.
+Cost: M₁ + 2·M₂ + T·M₃ trees, T gates. Any learner can be the tree; scikit-learn's estimators: `r_mtgb_sklearn.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -133,7 +131,7 @@ def boost(
         X: inputs, one row for each of Y; only handed to the trees.
         Y: targets, or classes as one-hot rows.
         task: number of each row's task, 0 to T-1; every task has a row.
-        theta: θ₀, where the gates start. All equal is a dead point: both trees of a round are then the same for ever.
+        theta: θ₀, where the gates start. 0 is a dead point: both trees of a round are then the same for ever.
         fit: see `FitTree`.
         rounds: (M₁, M₂, M₃), each >= 0, at least one of them > 0.
         loss: `SQUARED` or `CROSS_ENTROPY`.
@@ -145,18 +143,8 @@ def boost(
     Raises:
         TypeError, ValueError: a setting out of range, or a task without rows.
     """
-    for block, count in enumerate(rounds):
-        check_integer(f"rounds[{block}]", count, low=0)
-    if not any(rounds):
-        raise ValueError(f"rounds: got {rounds}, wanted at least one round in a block")
     gate_lr = lr if gate_lr is None else gate_lr
-    check_number("lr", lr, low=0, open_low=True)
-    check_number("gate_lr", gate_lr, low=0, open_low=True)
-    check_number("gate_l2", gate_l2, low=0)
-    counts = np.bincount(task, minlength=len(theta))
-    if len(counts) != len(theta) or not counts.all():
-        raise ValueError(f"task: got {counts.tolist()} rows per task, wanted at least one in each of {len(theta)}")
-
+    counts = _checked_counts(task, theta, rounds, lr, gate_lr, gate_l2)
     scale = counts if gate_mean else np.ones_like(counts)
     rows = [np.flatnonzero(task == r) for r in range(len(theta))]
     A, N, O, S = (np.zeros_like(Y) for _ in range(4))
@@ -182,6 +170,23 @@ def boost(
                 S[i] += grow(trees, X[i], u[i])
         forest.loss_path.append(loss.value(Y, raw_score(A, N, O, S, theta, task)))
     return forest
+
+
+def _checked_counts(
+    task: Tasks, theta: Gates, rounds: tuple[int, int, int], lr: float, gate_lr: float, gate_l2: float
+) -> Int[np.ndarray, "T"]:
+    """Return the number of rows of each task."""
+    for block, count in enumerate(rounds):
+        check_integer(f"rounds[{block}]", count, low=0)
+    if not any(rounds):
+        raise ValueError(f"rounds: got {rounds}, wanted at least one round in a block")
+    check_number("lr", lr, low=0, open_low=True)
+    check_number("gate_lr", gate_lr, low=0, open_low=True)
+    check_number("gate_l2", gate_l2, low=0)
+    counts = np.bincount(task, minlength=len(theta))
+    if len(counts) != len(theta) or not counts.all():
+        raise ValueError(f"task: got {counts.tolist()} rows per task, wanted at least one in each of {len(theta)}")
+    return counts
 
 
 def tree_values(tree: Any, X: Any) -> Scores:
