@@ -114,10 +114,10 @@ def _trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _layer_cards(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Path -> class of each adapter and its plain numbers (rank, scale), which decide what its tensors mean."""
+    """Path -> class of each adapter and its plain numbers and words (rank, scale), which say what its tensors mean."""
     return {
         path: {"class": type(layer).__name__}
-        | {k: v for k, v in vars(layer).items() if type(v) in (int, float) and not k.startswith("_")}
+        | {k: v for k, v in vars(layer).items() if type(v) in (int, float, str) and not k.startswith("_")}
         for path, layer in adapters(model)
     }
 
@@ -159,5 +159,4 @@ def load_adapters(model: nn.Module, path: str | Path) -> None:
         if got.get(name) != wanted.get(name)
     )
     refuse(path, [*layers, *mismatches(tensors, state)])
-    for name, tensor in state.items():
-        tensor.copy_(tensors[name])
+    model.load_state_dict(tensors, strict=False)  # not a plain copy: a layer may have to act on what it loads
