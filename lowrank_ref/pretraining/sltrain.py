@@ -10,16 +10,15 @@ The product is cheap but cannot leave rank r; a few trained entries at random pl
 | S: the values V at the places I, zero elsewhere     | `sparse_matrix`                       |
 | W = s·BA + S, s = α/r                               | `dense_weight`                        |
 | backward: ∇B, ∇A and ∇V from ∇W = dYᵀX              | `parameter_gradients`                 |
-| only x, B, A, I and V are stored for backward       | `sltrain_product`, `sltrain_backward` |
+| only x, B, A, I and V are stored for backward       | `product`, `product_gradients`        |
 | parameters and memory                               | `parameter_count`, `training_bytes`   |
 
 Letters: the paper's V is `values` (k,), its I is `support` (k,), flat places i·n + j in rising order; δ is `density`.
 A (r, n), B (m, r), s = α/r is `scale`.
 
 Deviations. A bias is drawn like `nn.Linear`'s, in the official code from ±1/√m. Its trainable scale tanh(θ) is left
-out, and so is its dropout argument, which it ignores. rank = 0 (only S) and density = 0 (only BA) are allowed. For
-8-bit moments and per-layer updates take `GaLoreAdamW8bit` and `per_layer_updates` of `lowrank_ref.optimizers`: without
-a rank they are plain AdamW.
+out, and so is its dropout argument, which it ignores. rank = 0 (only S) and density = 0 (only BA) are allowed. 8-bit
+moments and per-layer updates come from `lowrank_ref.optimizers`, whose `GaLoreAdamW8bit` without a rank is plain AdamW.
 
 Cost per layer: r(m+n) + ⌊δmn⌋ trained numbers (+m), Adam state twice that, 8 bytes of index a value. FLOPs on top of a
 dense layer's: 2rmn in forward, 6rmn in backward; one (m, n) temporary at a time in both. DDP sends rank 0's support to
@@ -99,16 +98,12 @@ def parameter_gradients(
     return (scale * B).T @ G, G @ (scale * A).T, G.reshape(-1)[support]
 
 
-# One opaque operator each for forward and backward. With an autograd.Function, torch.compile would see that backward
-# builds the same W as forward, and keep it: the memory that this method saves.
-@torch.library.custom_op("lowrank_ref::sltrain_product", mutates_args=())
-def sltrain_product(x: Tensor, A: Tensor, B: Tensor, values: Tensor, support: Tensor, scale: float) -> Tensor:
+def product(x: Tensor, A: Tensor, B: Tensor, values: Tensor, support: Tensor, scale: float) -> Tensor:
     """Return x Wᵀ, shape (..., m), with W = s·BA + S. Backward keeps the arguments, none of which is as large as W."""
     return F.linear(x, dense_weight(A, B, values, support, scale))
 
 
-@torch.library.custom_op("lowrank_ref::sltrain_backward", mutates_args=())
-def sltrain_backward(
+def product_gradients(
     dY: Tensor, x: Tensor, A: Tensor, B: Tensor, values: Tensor, support: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, A, B and the values. W and its gradient G are never alive together."""
@@ -117,18 +112,24 @@ def sltrain_backward(
     return dx, *parameter_gradients(G, A, B, support, scale)
 
 
+# One opaque operator each for forward and backward. With an autograd.Function, torch.compile would see that backward
+# builds the same W as forward, and keep it: the memory that this method saves.
+_product = torch.library.custom_op("lowrank_ref::sltrain_product", product, mutates_args=())
+_gradients = torch.library.custom_op("lowrank_ref::sltrain_gradients", product_gradients, mutates_args=())
+_product.register_fake(lambda x, A, B, values, support, scale: x.new_empty(*x.shape[:-1], len(B)))
+_gradients.register_fake(lambda dY, *tensors: tuple(map(torch.empty_like, tensors[:4])))
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:-1])
     ctx.scale = inputs[-1]
 
 
 def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-    return *sltrain_backward(dY, *ctx.saved_tensors, ctx.scale), None, None
+    return *_gradients(dY, *ctx.saved_tensors, ctx.scale), None, None
 
 
-sltrain_product.register_autograd(_backward, setup_context=_save)
-sltrain_product.register_fake(lambda x, A, B, values, support, scale: x.new_empty(*x.shape[:-1], len(B)))
-sltrain_backward.register_fake(lambda dY, *tensors: tuple(map(torch.empty_like, tensors[:4])))
+_product.register_autograd(_backward, setup_context=_save)
 
 
 class SLTrainLinear(nn.Module):
@@ -141,7 +142,7 @@ class SLTrainLinear(nn.Module):
             network: every gradient is zero.
         alpha: α > 0; the scale is α/r. The paper's α shrinks with the model: 32, 16, 16, 8, 8 from 60M to 7B.
         bias: whether to add one.
-        generator: source of support, A, values and bias.
+        generator: source of everything random.
 
     Raises:
         TypeError, ValueError: an argument out of range.
@@ -197,13 +198,13 @@ class SLTrainLinear(nn.Module):
         tensors = [x, self.A, self.B, self.values]
         if torch.is_autocast_enabled(x.device.type):  # autocast does not look into an operator
             tensors = [t.to(torch.get_autocast_dtype(x.device.type)) for t in tensors]
-        y = sltrain_product(*tensors, self.support, self.scale)
+        y = _product(*tensors, self.support, self.scale)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
         """Return a plain `nn.Linear` with the weight W, for inference."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear = nn.Linear(self.in_features, self.out_features, device="meta")
         linear.weight = nn.Parameter(self.dense_weight())
         linear.register_parameter("bias", None if self.bias is None else nn.Parameter(self.bias.clone()))
         return linear.train(self.training)
@@ -215,11 +216,10 @@ def parameter_count(m: int, n: int, rank: int, density: float) -> int:
 
 
 def training_bytes(parameters: int, nonzeros: int = 0, *, weight: int = 2, moment: float = 2) -> float:
-    """Return the bytes of weights, Adam's moments and the int64 support. No gradients, no activations.
+    """Return the bytes of weights, Adam's two moments and the int64 support, without gradients and activations.
 
-    Args:
-        parameters: trained numbers; nonzeros: those of them that belong to a sparse part and need an index.
-        weight, moment: bytes of a weight and of each of its two moments; 2 is bfloat16, as in the paper's estimate.
+    Of the trained `parameters`, `nonzeros` need an index. A number takes `weight` bytes and each of its two moments
+    `moment`; 2 is bfloat16, as in the paper's estimate.
     """
     return parameters * (weight + 2 * moment) + 8 * nonzeros
 

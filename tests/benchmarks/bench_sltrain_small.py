@@ -71,11 +71,11 @@ def main() -> None:
         "rates": (
             steps,
             {
-                "full rank": fine,
+                "full rank": (0.0025, 0.005, 0.01),
                 "SLTrain r=3": fine,
                 "low-rank": fine,
                 "sparse only r=0": fine,
-                "GaLore": (0.03, 0.06, 0.12),
+                "GaLore": (0.06, 0.12, 0.24),
                 "low-rank, B = 0": (0.01,),
             },
             (0,),

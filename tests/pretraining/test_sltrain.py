@@ -20,12 +20,12 @@ from lowrank_ref.lab.models import GPT, llama_shape
 from lowrank_ref.optimizers import GaLoreAdamW, GaLoreAdamW8bit, per_layer_updates
 from lowrank_ref.pretraining.sltrain import (
     SLTrainLinear,
+    _product,
     dense_weight,
     init_parameters,
     parameter_count,
     parameter_gradients,
     random_support,
-    sltrain_product,
     sparse_matrix,
     training_bytes,
 )
@@ -154,13 +154,13 @@ def test_2_output_and_gradients_are_those_of_the_dense_construction(shape, rows)
 
 def test_2_gradcheck():
     ours, x = layer(5, 7), gaussian(4, 7, seed=4).requires_grad_()
-    product = lambda *tensors: sltrain_product(*tensors, ours.support, 0.7)  # noqa: E731
+    product = lambda *tensors: _product(*tensors, ours.support, 0.7)  # noqa: E731
     assert torch.autograd.gradcheck(product, (x, ours.A, ours.B, ours.values))
 
 
 def test_2_operator_passes_pytorchs_own_checks():
     ours, x = layer(5, 7), gaussian(4, 7, seed=4).requires_grad_()
-    torch.library.opcheck(sltrain_product, (x, ours.A, ours.B, ours.values, ours.support, 0.7))
+    torch.library.opcheck(_product, (x, ours.A, ours.B, ours.values, ours.support, 0.7))
 
 
 def test_2_output_and_gradients_equal_torch_sparse():
