@@ -113,6 +113,20 @@ def distributed(rank, world, folder):
     torch.distributed.destroy_process_group()
 
 
+def distributed_layer(rank, world, folder, make):
+    """One process of a DDP run over a layer that replaces the weight, built by make(base, generator=...).
+
+    Every process draws from another seed: DDP must send rank 0's parameters and buffers to all.
+    """
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    model = make(linear(), generator=seeded(rank))
+    steps = torch.optim.Adam(model.parameters(), lr=0.01)
+    train(nn.parallel.DistributedDataParallel(model), steps, range(3), rows=slice(rank, None, world))
+    torch.save(model.state_dict(), f"{folder}/rank {rank}")
+    torch.distributed.destroy_process_group()
+
+
 def assert_resumes(build, gradient):
     """Save an optimizer's run after four steps, load it elsewhere with weights_only, and go on to the same bits.
 

@@ -30,7 +30,7 @@ METHOD = {
     "full": "black", "full fine-tuning": "black", "dense": "black", "AdamW": "black", "Adam": "black",
     "head": "orange", "biases": "purple",
     "LoRA": "blue", "GaLore": "vermillion", "Fira": "green", "DoRA": "sky", "rsLoRA": "orange", "PiSSA": "purple",
-    "ReLoRA": "sky", "SLTrain": "vermillion", "LOST": "green", "SST": "purple",
+    "ReLoRA": "sky", "SLTrain": "blue", "low-rank": "orange", "LOST": "green", "SST": "purple",
     "SVFit": "green", "RandLoRA": "vermillion", "NOLA": "purple", "LoLDU": "orange", "LoRA-SB": "vermillion",
     "LoRA-XS": "sky", "LoRA-Squeeze": "vermillion", "ALLoRA": "vermillion", "BA-LoRA": "vermillion",
     "SARA": "vermillion", "SoRA": "vermillion", "IncreLoRA": "green", "AdaLoRA": "sky", "DiffoRA": "purple",

@@ -1,1 +1,5 @@
 """Weights that are low-rank (and sparse) from the start."""
+
+from lowrank_ref.pretraining.sltrain import SLTrainLinear
+
+__all__ = ["SLTrainLinear"]
