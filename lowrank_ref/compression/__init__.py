@@ -1,7 +1,7 @@
 """Making a trained network low-rank."""
 
 from lowrank_ref.compression.maestro import MaestroLinear, group_lasso, importance, ranks_within
-from lowrank_ref.compression.maestro_layers import MaestroConv2d, decompose, deployed, maestro_layers, penalty
+from lowrank_ref.compression.maestro_layers import MaestroConv2d, decompose, deployed, maestro_layers, penalty, resorted
 from lowrank_ref.compression.maestro_training import JointRankSampler, RankSampler, RankShrinker
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "maestro_layers",
     "penalty",
     "ranks_within",
+    "resorted",
 ]

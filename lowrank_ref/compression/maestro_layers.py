@@ -118,6 +118,24 @@ def penalty(model: nn.Module) -> Float[Tensor, ""]:
     return torch.stack(terms).sum()
 
 
+@torch.no_grad()
+def resorted(model: Model) -> Model:
+    """Return a copy whose kept components are those of a fresh SVD of each weight: the same function, in SVD's order.
+
+    Raises:
+        ValueError: the model holds no Maestro layer.
+    """
+    model = copy.deepcopy(model)
+    layers = [layer for _, layer in maestro_layers(model)]
+    if not layers:
+        raise ValueError(f"model: got {type(model).__name__} without Maestro layer, wanted at least one")
+    for layer in layers:
+        A, B = nested_optimum(layer.dense_weight().flatten(1))
+        layer.A.copy_(A[: len(layer.A)])
+        layer.B.copy_(B[:, : len(layer.A)])
+    return model
+
+
 def deployed(model: Model, ranks: Sequence[int] | None = None) -> Model:
     """Return a copy in which every Maestro layer is cut and made of ordinary layers. No retraining.
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank_ref.compression.maestro import MaestroLinear, group_lasso, prefix_product
-from lowrank_ref.compression.maestro_layers import MaestroConv2d, decompose, deployed, maestro_layers, penalty
+from lowrank_ref.compression.maestro_layers import MaestroConv2d, decompose, deployed, maestro_layers, penalty, resorted
 from lowrank_ref.core.io import load_tensors, save_tensors
 
 
@@ -222,6 +222,29 @@ def test_a_layer_at_two_places_and_a_model_that_is_one_layer():
     single = MaestroLinear.from_linear(shared)
     x = gaussian(3, 4)
     assert_close(deployed(single)(x), shared(x))
+
+
+def test_resorted_computes_the_same_and_has_the_best_prefixes():
+    model = decompose(net()).eval()
+    for i, (_, layer) in enumerate(maestro_layers(model)):
+        with torch.no_grad():  # factors without any order
+            M = gaussian(len(layer.A), len(layer.A), seed=i) + 3 * torch.eye(len(layer.A), dtype=torch.float64)
+            layer.A.copy_(M @ layer.A)
+            layer.B.copy_(layer.B @ torch.linalg.inv(M))
+        layer.rank -= 1
+    before = copy.deepcopy(model.state_dict())
+    sorted_model = resorted(model)
+    assert_close(sorted_model(X), model(X), 1e-9)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    for (_, old), (_, new) in zip(maestro_layers(model), maestro_layers(sorted_model)):
+        W = old.dense_weight().flatten(1)
+        S = torch.linalg.svdvals(W)
+        assert new.rank == old.rank
+        for b in range(1, new.rank + 1):
+            gap = (W - prefix_product(new.A, new.B, b)).square().sum()
+            assert gap.item() == pytest.approx(S[b:].square().sum().item(), abs=1e-9)
+    with pytest.raises(ValueError, match="without Maestro layer"):
+        resorted(net())
 
 
 def test_deployed_refuses_other_numbers_of_ranks():
