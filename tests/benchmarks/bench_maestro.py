@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_ref.compression import (
     JointRankSampler,
+    MaestroLinear,
     RankSampler,
     RankShrinker,
     decompose,
@@ -94,18 +95,24 @@ def flops(model: nn.Module, x: torch.Tensor) -> int:
 
 
 @torch.no_grad()
-def curve(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, dense: int) -> dict[str, Any]:
+def scores(layer: MaestroLinear, ordered: bool) -> torch.Tensor:
+    """Rank the components of a layer: by Maestro's importance, or by the singular values after an SVD; first = 1."""
+    A, B = layer.kept()
+    values = importance(A, B) if ordered else A.norm(dim=1) * B.norm(dim=0)
+    return values / values[0]
+
+
+def curve(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, dense: int, ordered: bool) -> dict[str, Any]:
     """Cut a factorised network to each share of the dense FLOPs and measure what is left."""
     layers = [layer for _, layer in maestro_layers(model)]
-    scores = [i / i[0] for i in (importance(*layer.kept()) for layer in layers)]
     places = [(28 // 2**i) ** 2 for i in range(len(layers) - 1)] + [1]
     costs = [2.0 * p * (layer.A.shape[1] + len(layer.B)) for p, layer in zip(places, layers)]
     points = []
     for share in SHARES:
         if share * dense < sum(costs):
             continue
-        small = deployed(model, ranks_within(scores, costs, share * dense))
-        ranks = ranks_within(scores, costs, share * dense)
+        ranks = ranks_within([scores(layer, ordered) for layer in layers], costs, share * dense)
+        small = deployed(model, ranks)
         point = {"share": share, "ranks": ranks, "accuracy": accuracy(small, x, y), "flops": flops(small, x)}
         points.append({**point, "parameters": sum(p.numel() for p in small.parameters())})
     return {"points": points, "mean": round(sum(p["accuracy"] for p in points) / max(1, len(points)), 4)}
@@ -160,10 +167,10 @@ class Bed:
         row["flops"] = flops(whole, self.x)
         row["parameters"] = sum(p.numel() for p in whole.parameters())
         cut = partial(curve, x=self.x_test, y=self.y_test, dense=self.dense)
-        row["by svd"] = cut(by_svd(model))
+        row["by svd"] = cut(by_svd(model), ordered=False)
         if method != "dense":
             row["ranks"] = [layer.rank for _, layer in maestro_layers(model)]
-            row["by order"] = cut(model)
+            row["by order"] = cut(model, ordered=True)
         row["score"] = row["by svd" if method == "dense" else "by order"]["mean"]
         print({k: v for k, v in row.items() if not isinstance(v, dict)}, flush=True)
         return row, model
@@ -213,10 +220,10 @@ def latency(bed: Bed, models: dict[str, nn.Module], tiny: bool, keep: Callable[[
         keep({"rows": rows, "setting": f"ConvNet{bed.channels}, seed 0; {batches}"})
 
     record("dense", 1.0, models["dense"])
-    wanted = [("SVD of dense", by_svd(models["dense"])), ("ordered + lasso", models["ordered + lasso"])]
-    wanted += [("jointly ordered + lasso", models["jointly ordered + lasso"])]
-    for name, model in wanted:
-        for point in curve(model, bed.x_test, bed.y_test, dense=bed.dense)["points"]:
+    wanted = [("SVD of dense", by_svd(models["dense"]), False)]
+    wanted += [(name, models[name], True) for name in ("ordered + lasso", "jointly ordered + lasso")]
+    for name, model, ordered in wanted:
+        for point in curve(model, bed.x_test, bed.y_test, dense=bed.dense, ordered=ordered)["points"]:
             record(name, point["share"], deployed(model, point["ranks"]))
 
 
