@@ -1,1 +1,21 @@
 """Making a trained network low-rank."""
+
+from lowrank_ref.compression.maestro import MaestroLinear, group_lasso, importance, ranks_within
+from lowrank_ref.compression.maestro_layers import MaestroConv2d, decompose, deployed, maestro_layers, penalty, resorted
+from lowrank_ref.compression.maestro_training import JointRankSampler, RankSampler, RankShrinker
+
+__all__ = [
+    "JointRankSampler",
+    "MaestroConv2d",
+    "MaestroLinear",
+    "RankSampler",
+    "RankShrinker",
+    "decompose",
+    "deployed",
+    "group_lasso",
+    "importance",
+    "maestro_layers",
+    "penalty",
+    "ranks_within",
+    "resorted",
+]

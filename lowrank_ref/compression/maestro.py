@@ -1,0 +1,250 @@
+"""Maestro: train W = B·A at full rank, but let each step use only the first b components, so that they get an order.
+
+The trained network holds a family of smaller ones: cut every product after its first components, and what is left is
+a working network. Horváth et al., "Maestro: Uncovering Low-Rank Structures via Trainable Decomposition", 2308.14929.
+
+| in the paper                                          | here                                                 |
+|-------------------------------------------------------|------------------------------------------------------|
+| y = B[:, :b]·A[:b]·x + bias                           | `prefix_product`, `MaestroLinear`                    |
+| start: W = UΣVᵀ, A = √Σ·Vᵀ, B = U·√Σ                  | `nested_optimum`                                     |
+| nested objective: mean over all (layer, b)            | `rank_pairs`; `RankSampler` in `maestro_training.py` |
+| R = Σ_b ‖A[b:]‖ + ‖B[:, b:]‖, hierarchical lasso      | `group_lasso`                                        |
+| I_b = ‖A[b:]‖·‖B[:, b:]‖, keep I_b >= ε               | `importance`; `RankShrinker`                         |
+| raise the threshold until a budget is met, then slice | `ranks_within`; `deployed` in `maestro_layers.py`    |
+
+Letters: W (m, n), A (r, n), B (m, r), r = min(m, n); "b:" means components b to r, counted from 1. A convolution is its
+matrix (m, C·k·k). Equations carry no numbers here: they follow the official code, in the letters of this book.
+
+Deviations. Ranks are integers; the official code passes b/r and takes ⌈r·(b/r)⌉, which rounding can raise by one.
+Penalty and importance see the kept components only, so what was dropped cannot come back; there, all stored rows
+count. A layer keeps at least one component. Roots carry +1e-12, since the gradient of √0 is not a number. Left out: the
+distillation pass (off in the official scripts) and plain, not hierarchical norms.
+
+Cost per layer: r(m+n) trained numbers, at full rank up to twice the mn of the dense layer; cut at b, b(m+n) numbers
+and 2b(m+n) FLOPs a token or place. `deployed` builds the small layers, or the dense one where b(m+n) > mn. Convolutions
+and surgery on models are in `maestro_layers.py`, sampling and shrinking in `maestro_training.py`. Works under DDP if
+every process seeds its sampler alike, and under torch.compile with one graph per width, which suits deployment and not
+the sampler. Not tested under FSDP2.
+"""
+
+from collections.abc import Sequence
+from typing import TypeVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowrank_ref.core.checks import check_matrix, check_number, check_rank
+from lowrank_ref.core.layers import weight_of
+from lowrank_ref.core.linalg import svd
+from lowrank_ref.core.registry import PaperInfo
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def prefix_product(A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], rank: int) -> Float[Tensor, "m n"]:
+    """Return B[:, :b]·A[:b], the weight after a cut at b = rank, 1 <= rank <= r.
+
+    Example:
+        >>> prefix_product(torch.tensor([[1.0, 2.0], [5.0, 5.0]]), torch.tensor([[3.0, 1.0], [0.0, 1.0]]), 1).tolist()
+        [[3.0, 6.0], [0.0, 0.0]]
+    """
+    check_rank(rank, (B.shape[1], A.shape[0]))
+    return B[:, :rank] @ A[:rank]
+
+
+def nested_optimum(
+    C: Float[Tensor, "m n"], covariance: Float[Tensor, "n n"] | None = None
+) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]:
+    """Return A, B whose every prefix minimises E‖Cx - B[:, :b]A[:b]x‖²: what ordered training of a linear map finds.
+
+    With white inputs it is the SVD C = UΣVᵀ, A = √Σ·Vᵀ, B = U·√Σ. With E[xxᵀ] = LLᵀ it is that of C·L, so that
+    directions count by their use; C = I gives PCA.
+
+    Args:
+        C: target (m, n), or a weight to split.
+        covariance: E[xxᵀ] (n, n), symmetric positive definite; None stands for the identity.
+
+    Raises:
+        TypeError, ValueError: C is no finite matrix, or covariance has another shape or is not positive definite.
+    """
+    check_matrix("C", C)
+    if covariance is None:
+        U, S, Vh = svd(C)
+        return S.sqrt()[:, None] * Vh, U * S.sqrt()
+    check_matrix("covariance", covariance)
+    if covariance.shape != (C.shape[1], C.shape[1]):
+        raise ValueError(f"covariance: got shape {tuple(covariance.shape)}, wanted {(C.shape[1], C.shape[1])}")
+    L, bad = torch.linalg.cholesky_ex(covariance)
+    if bad:
+        raise ValueError("covariance: got a matrix without a Cholesky factor, wanted a positive definite one")
+    U, S, Vh = svd(C @ L)
+    return torch.linalg.solve_triangular(L, S.sqrt()[:, None] * Vh, upper=False, left=False), U * S.sqrt()
+
+
+def tail_norms(M: Float[Tensor, "r d"]) -> Float[Tensor, " r"]:
+    """Return ‖M[b:]‖_F for b = 1 to r, the norms of rows b to r, in float32 or wider; a falling sequence."""
+    squares = M.to(torch.promote_types(M.dtype, torch.float32)).square().sum(dim=1)
+    return (squares.flip(0).cumsum(0).flip(0) + 1e-12).sqrt()
+
+
+def group_lasso(A: Float[Tensor, "r n"], B: Float[Tensor, "m r"]) -> Float[Tensor, ""]:
+    """Return R = Σ_b ‖A[b:]‖ + ‖B[:, b:]‖. Component b lies in b of the r groups, so late ones pay most."""
+    return tail_norms(A).sum() + tail_norms(B.T).sum()
+
+
+def importance(A: Float[Tensor, "r n"], B: Float[Tensor, "m r"]) -> Float[Tensor, " r"]:
+    """Return I_b = ‖A[b:]‖·‖B[:, b:]‖ for every b: never rising, so that a threshold keeps a prefix."""
+    return tail_norms(A) * tail_norms(B.T)
+
+
+def rank_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """Return all pairs (layer, b) with 1 <= b <= ranks[layer]: one pass of the sampler, before it is shuffled."""
+    return [(layer, b) for layer, rank in enumerate(ranks) for b in range(1, rank + 1)]
+
+
+def ranks_within(importances: Sequence[Float[Tensor, " _"]], costs: Sequence[float], budget: float) -> list[int]:
+    """Return the ranks left by the lowest common threshold whose layers together cost at most the budget.
+
+    Args:
+        importances: one falling sequence per layer, such as `importance(A, B)` or singular values.
+        costs: price of one component of each layer, > 0: m + n for parameters, times the places for FLOPs.
+        budget: what Σ rank·cost may reach.
+
+    Returns:
+        One rank per layer, each at least 1.
+
+    Raises:
+        ValueError: the lengths differ, or one component in every layer is already too much.
+    """
+    if not importances or len(importances) != len(costs):
+        raise ValueError(f"costs: got {len(costs)}, wanted one for each of {len(importances)} layers, at least one")
+    for cost in costs:
+        check_number("costs", float(cost), low=0, open_low=True)
+    found = [1] * len(costs)
+    if sum(costs) > budget:
+        raise ValueError(f"budget: got {budget}, wanted at least {sum(costs)}, the price of rank 1 everywhere")
+    for threshold in torch.cat([i.double() for i in importances]).sort(descending=True).values:
+        ranks = [max(1, int((i.double() >= threshold).sum())) for i in importances]
+        if sum(rank * cost for rank, cost in zip(ranks, costs)) > budget:
+            break
+        found = ranks
+    return found
+
+
+def filled(layer: Model, weight: Tensor, bias: Tensor | None) -> Model:
+    """Give an ordinary layer copies of these tensors as its parameters."""
+    layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+    return layer
+
+
+class MaestroLinear(nn.Module):
+    """A linear layer as the product of two trained factors, of which the first `width` components act.
+
+    Args:
+        A: (r, n); B: (m, r); bias: (m,) or None. The layer trains copies of them.
+
+    Attributes:
+        rank: components kept; it falls from r as training shrinks the layer, and travels in the state dict.
+        cut: components in use in training mode, or None for all that are kept. Set by a sampler, not saved.
+
+    Raises:
+        TypeError, ValueError: factors that are no floating-point matrices, or do not fit together.
+    """
+
+    def __init__(
+        self, A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], bias: Float[Tensor, " m"] | None = None
+    ) -> None:
+        super().__init__()
+        check_matrix("A", A)
+        check_matrix("B", B)
+        if B.shape[1] != A.shape[0]:
+            raise ValueError(f"B: got {B.shape[1]} columns, wanted {A.shape[0]}, one for each row of A")
+        self.A, self.B = (nn.Parameter(M.detach().clone(memory_format=torch.contiguous_format)) for M in (A, B))
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.rank, self.cut = A.shape[0], cast(int | None, None)
+
+    @classmethod
+    def from_linear(cls, base: nn.Module) -> "MaestroLinear":
+        """Split the weight of `nn.Linear` or GPT-2's `Conv1D` by its SVD; the function stays the same."""
+        W = weight_of(base).detach()
+        A, B = nested_optimum(W)
+        return cls(A.to(W.dtype), B.to(W.dtype), cast(Tensor | None, base.bias)).train(base.training)
+
+    @property
+    def width(self) -> int:
+        """Components in use now: the cut in training mode, if there is one, and never more than the rank."""
+        return min(self.cut, self.rank) if self.training and self.cut is not None else self.rank
+
+    def kept(self) -> tuple[Float[Tensor, "b n"], Float[Tensor, "m b"]]:
+        """Return the factors of the kept components, A[:rank] and B[:, :rank]."""
+        return self.A[: self.rank], self.B[:, : self.rank]
+
+    def dense_weight(self) -> Float[Tensor, "..."]:
+        """Return the weight that the kept components multiply to, in the shape of the layer that was replaced."""
+        return prefix_product(self.A, self.B, self.rank)
+
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        """Return B[:, :b](A[:b]x) + bias with b = `width`."""
+        return F.linear(F.linear(x, self.A[: self.width]), self.B[:, : self.width], self.bias)
+
+    def plain(self, rank: int | None = None) -> nn.Module:
+        """Return new ordinary layers cut at `rank`: two thin ones, or one dense layer if that has fewer weights."""
+        rank = self.rank if rank is None else rank
+        check_rank(rank, (self.rank, self.rank))
+        m, n = len(self.B), self.A.shape[1]
+        if rank * (m + n) > m * n:
+            return self.first(prefix_product(self.A, self.B, rank), self.bias).train(self.training)
+        thin = self.first(self.A[:rank], None), self.second(self.B[:, :rank], self.bias)
+        return nn.Sequential(*thin).train(self.training)
+
+    def first(self, W: Tensor, bias: Tensor | None) -> nn.Module:
+        """Return an ordinary layer with this weight that reads what this layer reads."""
+        return filled(nn.Linear(W.shape[1], W.shape[0], bias=bias is not None, device="meta"), W, bias)
+
+    def second(self, W: Tensor, bias: Tensor | None) -> nn.Module:
+        """Return an ordinary layer with this weight that mixes components into outputs."""
+        return filled(nn.Linear(W.shape[1], W.shape[0], bias=bias is not None, device="meta"), W, bias)
+
+    def get_extra_state(self) -> Tensor:
+        """Let the state dict carry the rank."""
+        return torch.tensor(self.rank)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the rank from a state dict."""
+        check_rank(int(state), self.A.shape[:1], "rank")
+        self.rank = int(state)
+
+    def extra_repr(self) -> str:
+        """Show shape and rank in `print(model)`."""
+        return f"{self.A.shape[1]} -> {self.B.shape[0]}, rank {self.rank} of {self.A.shape[0]}"
+
+
+PAPER = PaperInfo(
+    key="maestro",
+    part="compression",
+    title="Maestro: Uncovering Low-Rank Structures via Trainable Decomposition",
+    authors=("Samuel Horváth", "Stefanos Laskaridis", "Shashank Rajput", "Hongyi Wang"),
+    year=2023,
+    arxiv="2308.14929",
+    summary="Train every layer as an ordered product of factors, so that one network contains all its smaller ones.",
+    official_code="SamuelHorvath/Maestro-LoD",
+    code_licence="Apache-2.0",
+    equations={
+        "cut at b": "prefix_product",
+        "initialisation and minimiser": "nested_optimum",
+        "nested objective": "rank_pairs",
+        "hierarchical group lasso": "group_lasso",
+        "importance": "importance",
+        "deployment": "ranks_within",
+    },
+    deviations=(
+        "ranks are passed as integers, not as shares",
+        "penalty and importance see kept components only, and each layer keeps at least one",
+    ),
+    aliases=("ordered dropout", "low-rank ordered decomposition", "LoD", "progressive shrinking", "nested networks"),
+    status="draft",
+    verified="2026-11-24",
+)

@@ -1,0 +1,161 @@
+"""Maestro on whole models: the convolution, and surgery in both directions. The equations are in `maestro.py`."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowrank_ref.compression.maestro import MaestroLinear, filled, group_lasso, nested_optimum, prefix_product
+from lowrank_ref.core.checks import check_floating
+from lowrank_ref.core.layers import is_linear, replace_modules
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class MaestroConv2d(MaestroLinear):
+    """A convolution as b filters (C, k, k), then a 1x1 convolution that mixes them; W.reshape(m, C·k·k) = B·A.
+
+    Args:
+        A: (r, C·k·k); B: (m, r); bias: (m,) or None.
+        like: the convolution whose kernel size, stride, padding and dilation to take.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor, bias: Tensor | None, *, like: nn.Conv2d) -> None:
+        super().__init__(A, B, bias)
+        self.filter = (like.in_channels, like.kernel_size[0], like.kernel_size[1])
+        self.options: dict[str, Any] = {
+            "stride": like.stride,
+            "padding": like.padding,
+            "dilation": like.dilation,
+        }
+
+    @classmethod
+    def from_conv2d(cls, base: nn.Conv2d) -> "MaestroConv2d":
+        """Split the filters of a convolution by the SVD of its matrix; the function stays the same.
+
+        Raises:
+            TypeError: another module, or a weight that is not floating point.
+            ValueError: groups other than 1, or padding with anything but zeros.
+        """
+        if not isinstance(base, nn.Conv2d):
+            raise TypeError(f"base: got {type(base).__name__}, wanted nn.Conv2d")
+        check_floating("base.weight", base.weight)
+        if base.groups != 1 or base.padding_mode != "zeros":
+            got = f"groups = {base.groups} and padding_mode = {base.padding_mode!r}"
+            raise ValueError(f"base: got {got}, wanted groups = 1 and padding_mode = 'zeros'")
+        A, B = nested_optimum(base.weight.detach().flatten(1))
+        A, B = A.to(base.weight.dtype), B.to(base.weight.dtype)
+        return cls(A, B, base.bias, like=base).train(base.training)
+
+    def dense_weight(self) -> Float[Tensor, "m C k1 k2"]:
+        """Return the filters that the kept components multiply to."""
+        return prefix_product(self.A, self.B, self.rank).unflatten(1, self.filter)
+
+    def forward(self, x: Float[Tensor, "*batch C H W"]) -> Float[Tensor, "*batch m H2 W2"]:
+        """Return the mix of the first b filters, with b = `width`."""
+        h = F.conv2d(x, self.A[: self.width].unflatten(1, self.filter), **self.options)
+        return F.conv2d(h, self.B[:, : self.width, None, None], self.bias)
+
+    def first(self, W: Tensor, bias: Tensor | None) -> nn.Module:
+        """Return an ordinary convolution with this matrix that reads what this layer reads."""
+        channels, *kernel = self.filter
+        conv = nn.Conv2d(channels, len(W), (kernel[0], kernel[1]), **self.options, bias=bias is not None, device="meta")
+        return filled(conv, W.unflatten(1, self.filter), bias)
+
+    def second(self, W: Tensor, bias: Tensor | None) -> nn.Module:
+        """Return an ordinary 1x1 convolution with this weight."""
+        conv = nn.Conv2d(W.shape[1], W.shape[0], 1, bias=bias is not None, device="meta")
+        return filled(conv, W[:, :, None, None], bias)
+
+
+def decompose(model: Model, pattern: str = "") -> Model:
+    """Replace every linear layer and convolution whose path matches by its factors, at full rank, all of it trained.
+
+    Args:
+        model: changed in place; it computes what it did. All parameters are set to train.
+        pattern: regular expression searched in the layer's path; "" takes every layer.
+
+    Raises:
+        ValueError: nothing matches, or a convolution with groups or another padding. The model is unchanged.
+
+    Example:
+        >>> net = decompose(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), "0")
+        >>> net
+        Sequential(
+          (0): MaestroLinear(6 -> 5, rank 5 of 5)
+          (1): ReLU()
+          (2): Linear(in_features=5, out_features=2, bias=True)
+        )
+    """
+
+    def split(layer: Any) -> MaestroLinear:
+        conv = isinstance(layer, nn.Conv2d)
+        return MaestroConv2d.from_conv2d(layer) if conv else MaestroLinear.from_linear(layer)
+
+    return replace_modules(
+        model, pattern, split, accepts=lambda m: is_linear(m) or isinstance(m, nn.Conv2d), trainable=""
+    )
+
+
+def maestro_layers(model: nn.Module) -> Iterator[tuple[str, MaestroLinear]]:
+    """Iterate over (path, layer) of all Maestro layers, each once, in the order in which ranks are listed."""
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, MaestroLinear))
+
+
+def penalty(model: nn.Module) -> Float[Tensor, ""]:
+    """Return the hierarchical group lasso R of the kept components, summed over the layers; add λR to the loss.
+
+    Raises:
+        ValueError: the model holds no Maestro layer.
+    """
+    terms = [group_lasso(*layer.kept()) for _, layer in maestro_layers(model)]
+    if not terms:
+        raise ValueError(f"model: got {type(model).__name__} without Maestro layer, wanted at least one")
+    return torch.stack(terms).sum()
+
+
+@torch.no_grad()
+def resorted(model: Model) -> Model:
+    """Return a copy whose kept components are those of a fresh SVD of each weight: the same function, in SVD's order.
+
+    Raises:
+        ValueError: the model holds no Maestro layer.
+    """
+    model = copy.deepcopy(model)
+    layers = [layer for _, layer in maestro_layers(model)]
+    if not layers:
+        raise ValueError(f"model: got {type(model).__name__} without Maestro layer, wanted at least one")
+    for layer in layers:
+        A, B = nested_optimum(layer.dense_weight().flatten(1))
+        layer.A.copy_(A[: len(layer.A)])
+        layer.B.copy_(B[:, : len(layer.A)])
+    return model
+
+
+def deployed(model: Model, ranks: Sequence[int] | None = None) -> Model:
+    """Return a copy in which every Maestro layer is cut and made of ordinary layers. No retraining.
+
+    Args:
+        model: stays as it is.
+        ranks: one per layer of `maestro_layers`, at most what the layer keeps; None keeps all of that.
+
+    Raises:
+        ValueError: no Maestro layer, another number of ranks, or one out of range.
+    """
+    model = copy.deepcopy(model)
+    layers = [layer for _, layer in maestro_layers(model)]
+    ranks = [layer.rank for layer in layers] if ranks is None else ranks
+    if not layers or len(ranks) != len(layers):
+        raise ValueError(f"ranks: got {list(ranks)}, wanted one for each of {len(layers)} layers, at least one")
+    plain = {id(layer): layer.plain(rank) for layer, rank in zip(layers, ranks)}
+    if id(model) in plain:
+        return cast(Model, plain[id(model)])
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in plain:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, plain[id(module)])
+    return model
