@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from battery import batch, linear, loss, network, seeded
+from battery import batch, linear, loss, seeded
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard

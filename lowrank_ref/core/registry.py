@@ -64,7 +64,7 @@ class PaperInfo:
     arxiv: str
     summary: str
     use_when: str
-    instead: dict[str, str]
+    instead: dict[str, str] = field(default_factory=dict)
     official_code: str = ""
     code_licence: str = ""
     equations: dict[str, str] = field(default_factory=dict)

@@ -5,8 +5,7 @@ Emami, Martínez-Muñoz and Hernández-Lobato, "R-MTGB: Robust-Multi-Task Gradie
 | in the paper and its code                                    | here                             |
 |--------------------------------------------------------------|----------------------------------|
 | F(x, r) = A(x) + (1-σ(θ_r))·N(x) + σ(θ_r)·O(x) + S_r(x)      | `raw_score`, `gate`              |
-| u = -∂ℓ/∂F, squared error                                    | `squared_residual`               |
-| u = -∂ℓ/∂F, cross-entropy                                    | `softmax_residual`               |
+| u = -∂ℓ/∂F, squared error and cross-entropy                  | `squared_residual`, `softmax_residual` |
 | targets σ(θ)·u of the outlier tree, (1-σ(θ))·u of the other  | `gated_targets`                  |
 | ∂L/∂θ_r                                                      | `gate_gradient`                  |
 | three blocks: shared, gated, one per task                    | `boost`                          |
@@ -21,7 +20,6 @@ Changed: θ₀ is an argument, not drawn from a global generator; at prediction 
 
 Low rank: without S, the T × n table of all task functions is 1·Aᵀ + (1-g)·Nᵀ + g·Oᵀ with g = σ(θ), of rank at most 2
 for each output (`task_functions`).
-
 Cost: M₁ + 2·M₂ + T·M₃ trees, T gates. Any learner can be the tree; scikit-learn's estimators: `r_mtgb_sklearn.py`.
 """
 
@@ -235,11 +233,13 @@ def outlier_score(theta: Gates) -> Gates:
 PAPER = PaperInfo(
     key="r_mtgb",
     part="robustness",
+    name="R-MTGB",
     title="R-MTGB: Robust-Multi-Task Gradient Boosting",
     authors=("Seyedsaman Emami", "Gonzalo Martínez-Muñoz", "Daniel Hernández-Lobato"),
     year=2025,
     arxiv="2507.11411v1",
     summary="Learn many tasks together by boosting, and let a gate per task keep those apart that follow another rule.",
+    use_when="you must know which of many tasks follow another rule; for predictions alone try histogram boosting",
     official_code="GAA-UAM/R-MTGB",
     code_licence="LGPL-2.1",
     equations={"F(x, r)": "raw_score", "u": "squared_residual", "block 2": "gated_targets", "∂L/∂θ": "gate_gradient"},
