@@ -39,15 +39,16 @@ def grids(tiny: bool) -> dict[str, list[float]]:
     """Method -> learning rates. An adapter's name ends with its rank, and after a slash its bond."""
     if tiny:
         return {"full": [1e-3], "full q, v": [1e-3], "LoRA r=4": [1e-3], "MPS r=4/2": [1e-3]}
+    lora = [6e-4, 1.25e-3, 2.5e-3, 5e-3, 1e-2]  # MPS r=64/8 and LoRA r=40 train equally many numbers, to 0.3 %
     return {
-        "full": [1e-4, 2e-4, 4e-4, 8e-4],
-        "full q, v": [8e-4, 1.6e-3, 3.2e-3],
-        "LoRA r=4": [5e-3, 1e-2, 2e-2, 4e-2],
-        "LoRA r=16": [2.5e-3, 5e-3, 1e-2, 2e-2],
-        "LoRA r=40": [2.5e-3, 5e-3, 1e-2, 2e-2],  # as many numbers as MPS r=64/8, to 0.3 %
-        "LoRA r=64": [2.5e-3, 5e-3, 1e-2],
-        "LoRA r=256": [1.25e-3, 2.5e-3, 5e-3, 1e-2],
-        "MPS r=64/8": [5e-3, 1e-2, 2e-2, 4e-2],
+        "full": [4e-4, 8e-4, 1.6e-3],
+        "full q, v": [4e-4, 8e-4, 1.6e-3],
+        "LoRA r=4": lora[2:],
+        "LoRA r=16": lora[1:4],
+        "LoRA r=40": lora[1:4],
+        "LoRA r=64": lora[1:4],
+        "LoRA r=256": lora[:3],
+        "MPS r=64/8": lora[1:],
     }
 
 
@@ -202,7 +203,7 @@ def main() -> None:
             model = run(name, best, seed)
             if seed == 1:
                 attend(name, seed, model)
-            if seed == 1 and name in ("full", "full q, v", "LoRA r=4", "LoRA r=16", "LoRA r=64", "LoRA r=256"):
+            if seed == 1 and name in ("full", "full q, v", "LoRA r=4", "LoRA r=16", "LoRA r=64"):
                 rank = int(name.partition("r=")[2] or 16) if not tiny else 2
                 pairs = zip(updates(model, base, "v"), base.blocks)
                 made = [controls(dW, b.attn.v.weight.detach(), rank) for dW, b in pairs]
