@@ -12,7 +12,7 @@ through the `datasets` library, where an honest counterpart exists:
     sentence_pairs()  30,366 Bible verses in KJV and WEB     nyu-mll/glue mrpc, the paraphrases
     verse_topics()    29,054 WEB verses, 6 groups of books   fancyzhx/ag_news, 4 topics
     multitask()       river's Yeast, 2,417 genes             -
-    task_table(name)  five tables whose rows are tasks'      -
+    task_table(name)  five tables of many tasks              -
 
 `planted_tasks` alone makes its data up: tasks of which some are known to follow another rule.
 

@@ -21,6 +21,10 @@ Changed: θ₀ is an argument, not drawn from a global generator; at prediction 
 Low rank: without S, the T × n table of all task functions is 1·Aᵀ + (1-g)·Nᵀ + g·Oᵀ with g = σ(θ), of rank at most 2
 for each output (`task_functions`).
 Cost: M₁ + 2·M₂ + T·M₃ trees, T gates. Any learner can be the tree; scikit-learn's estimators: `r_mtgb_sklearn.py`.
+Low rank: without S the (T, n) table of all task functions is 1·Aᵀ + (1-g)·Nᵀ + g·Oᵀ, g = σ(θ): rank <= 2 per output.
+
+Cost: M₁ + 2·M₂ + T·M₃ trees, T gates. NumPy on a CPU: torch.compile and DDP do not apply. Any learner can be the tree;
+the scikit-learn estimators, kept apart so that this file and the registry need no scikit-learn: `r_mtgb_sklearn.py`.
 """
 
 from collections.abc import Callable, Iterator

@@ -8,7 +8,8 @@ Which task a row belongs to is said in one of two ways, the same in `fit` and `p
 - `tasks=...`, one name or number per row, beside X. In meta-estimators it travels by metadata routing:
   `sklearn.set_config(enable_metadata_routing=True)` and `.set_fit_request(tasks=True)`, likewise for predict and score.
 
-With neither, all rows are one task, and the model is plain boosting with two trees a round in the gated block.
+With neither, all rows are one task, and the model is plain boosting with two trees a round in the gated block. This is
+what `check_estimator` sees; both estimators pass it, and no check is listed as expected to fail.
 
 Every task must be in every training fold. `StratifiedKFold().split(X, tasks)` makes such folds; pass them as
 `GridSearchCV(cv=list(...))`. F starts at 0: standardise targets that are far from it, for example with

