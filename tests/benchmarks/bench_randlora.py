@@ -213,7 +213,7 @@ def fine_tuning(tiny: bool, device: str, report: Callable[[dict[str, Any]], None
         "LoRA r 38": partial(LoRALinear, rank=38, alpha=76.0),
         "RandLoRA r 5": partial(RandLoRALinear, rank=5),
     }
-    grids = {name: [2.5e-3, 5e-3] if name.startswith("LoRA") else [6.25e-4, 1.25e-3] for name in makers}
+    grids = {name: [5e-3, 1e-2] for name in makers} | {"full fine-tuning": [5e-4, 1e-3]}
     rows: list[dict[str, Any]] = []
 
     def run(name: str, lr: float, seed: int) -> float:
