@@ -1,9 +1,9 @@
-"""What the chapter on SLTrain is too short for, on its small language (CPU, about seven minutes).
+"""What the chapter on SLTrain is too short for, on its small language (CPU, about eight minutes).
 
     python tests/benchmarks/bench_sltrain_small.py --out book/results/sltrain_small.json
 
-rates: each method's learning rate, tuned on seed 0. shares: a fixed budget of numbers, split between BA and S in seven
-ways. long: four times as many steps.
+rates: each method's learning rate, tuned on seed 0. others: two methods that the chapter does not run itself, at their
+best rates. shares: a fixed budget of numbers, split between BA and S in seven ways. long: four times as many steps.
 """
 
 from functools import partial
@@ -63,7 +63,7 @@ def ranks(model: GPT) -> dict[str, float]:
 
 def main() -> None:
     """Run the parts asked for, saving after each run."""
-    args = arguments(__doc__ or "", ("rates", "shares", "long"))
+    args = arguments(__doc__ or "", ("rates", "others", "shares", "long"))
     torch.set_num_threads(1)
     steps, more = (10, 20) if args.tiny else (300, 1200)
     fine = (0.005, 0.01, 0.02)
@@ -80,6 +80,7 @@ def main() -> None:
             },
             (0,),
         ),
+        "others": (steps, {"sparse only r=0": (0.01,), "GaLore": (0.12,)}, (1, 2, 3)),
         "shares": (steps, {f"split r={rank}": (0.01,) for rank in range(BUDGET + 1)}, (1, 2)),
         "long": (
             more,
