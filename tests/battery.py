@@ -23,6 +23,7 @@ COUNTS = {
     "LoRALinear": lambda m, n: 8 * (m + n),
     "DoRALinear": lambda m, n: 8 * (m + n) + m,
     "PiSSALinear": lambda m, n: 8 * (m + n),
+    "SoRALinear": lambda m, n: 8 * (m + n + 1),
 }
 #: Adapters that do not start at the base model, each with the reason.
 STARTS_ELSEWHERE: dict[str, str] = {}
