@@ -2,6 +2,7 @@
 
 from lowrank_ref.ranks.sora import ProximalGates, SoRALinear, gate_groups, kept_ranks, prune, soft_threshold
 from lowrank_ref.ranks.sora_schedule import SparsifyingSchedule, threshold_levels
+from lowrank_ref.ranks.svd_pruning import prune_by_svd
 
 __all__ = [
     "ProximalGates",
@@ -10,6 +11,7 @@ __all__ = [
     "gate_groups",
     "kept_ranks",
     "prune",
+    "prune_by_svd",
     "soft_threshold",
     "threshold_levels",
 ]

@@ -79,7 +79,7 @@ def released_threshold(x: Float[Tensor, "*any"], threshold: float) -> Float[Tens
     return torch.where(x.abs() < threshold, 0.0, x)
 
 
-def gate_penalty(gates: Iterable[Float[Tensor, " r"]], strength: float) -> Float[Tensor, ""]:
+def gate_penalty(gates: Iterable[Float[Tensor, " _"]], strength: float) -> Float[Tensor, ""]:
     """Return λ·Σ‖g‖₁. As a term of the loss, minimised by gradients, it makes gates small but not zero."""
     return strength * torch.stack([g.abs().sum() for g in gates]).sum()
 
