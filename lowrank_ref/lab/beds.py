@@ -228,6 +228,7 @@ def train_planted(
     seed: int = 0,
     steps: int = 800,
     actions: Actions | None = None,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     every: int = 0,
 ) -> nn.Module:
@@ -241,6 +242,7 @@ def train_planted(
         seed: of the batches and of the generator handed to `adapt`.
         steps: optimizer steps.
         actions: (model, optimizer) -> what acts after each step of the optimizer, such as a rank allocator.
+        penalty: model -> a number to add to the loss, such as an L1 norm or a divergence.
         evaluate: called with the model every `every` steps, for what it notes down.
         every: steps between two such calls.
 
@@ -250,10 +252,15 @@ def train_planted(
     model = copy.deepcopy(task.base).requires_grad_(True)
     optimizer = _adapted(adapt, model, lr, seed)
     warm = max(1, round(0.06 * steps))
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        error = _squared_error(model, x, y)
+        return error if penalty is None else error + penalty(model)
+
     train(
         model,
         array_batches(task.x_train, task.y_train, batch=min(128, len(task.x_train)), seed=seed),
-        _squared_error,
+        loss,
         optimizer,
         steps=steps,
         schedule=lambda step: min((step + 1) / warm, (steps - step) / (steps - warm)),

@@ -1,6 +1,6 @@
 r"""SoRA: a gate between LoRA's two matrices, driven to exact zeros by a soft threshold, decides each layer's rank.
 
-Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models", arXiv 2311.11696v1, section 3.
+Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models", arXiv 2311.11696v1 (EMNLP 2023).
 
 | in the paper                                    | here                                                     |
 |-------------------------------------------------|----------------------------------------------------------|

@@ -181,3 +181,12 @@ def test_evaluations_are_called_on_the_way():
 
     train_planted(planted_rank(0), full, 1e-3, steps=6, evaluate=note, every=2)
     assert len(seen) == 3 and not torch.equal(seen[0], seen[2])
+
+
+def test_a_penalty_is_added_to_the_loss():
+    def pull(model):
+        return 10 * sum(layer.weight.square().sum() for layer in model.layers)
+
+    task = planted_rank(0)
+    free, pulled = (train_planted(task, full, 1e-2, steps=40, penalty=p) for p in (None, pull))
+    assert pulled.layers[0].weight.norm() < 0.8 * free.layers[0].weight.norm()
