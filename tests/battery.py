@@ -25,6 +25,7 @@ COUNTS = {
     "PiSSALinear": lambda m, n: 8 * (m + n),
     "MPSLinear": lambda m, n: 8 * m + 8 * 3 * 4 + 4 * 4,  # n = 12 = 3·4
     "RandLoRALinear": lambda m, n: -(-min(m, n) // 8) * (8 + min(m, n)),
+    "SoRALinear": lambda m, n: 8 * (m + n + 1),
 }
 #: Adapters that do not start at the base model, each with the reason.
 STARTS_ELSEWHERE: dict[str, str] = {}

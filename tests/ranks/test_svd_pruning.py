@@ -1,0 +1,102 @@
+"""Pruning a trained LoRA by its singular values: against the full SVD, and within the budget."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lowrank_ref.adapters import DoRALinear, LoRALinear
+from lowrank_ref.core.layers import adapters, replace_linears
+from lowrank_ref.ranks.sora import SoRALinear
+from lowrank_ref.ranks.svd_pruning import factored_svd, prune_by_svd, ranks_within
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def net(make=LoRALinear):
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 9)).double()
+    replace_linears(model, "", partial(make, rank=3, alpha=7, generator=seeded()))
+    for _, layer in adapters(model):
+        with torch.no_grad():
+            layer.B.copy_(gaussian(*layer.B.shape, seed=3))
+    return model
+
+
+@given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7))
+def test_factored_svd_is_the_svd_of_the_product(m, n, r):
+    A, B = gaussian(r, n), gaussian(m, r, seed=1)
+    U, S, Vh = factored_svd(A, B)
+    k = min(m, n, r)
+    assert U.shape == (m, k) and S.shape == (k,) and Vh.shape == (k, n)
+    torch.testing.assert_close(U * S @ Vh, B @ A, rtol=0, atol=1e-10)
+    torch.testing.assert_close(S, torch.linalg.svdvals(B @ A)[:k], rtol=0, atol=1e-10)
+    eye = torch.eye(k, dtype=torch.float64)
+    torch.testing.assert_close(U.T @ U, eye, rtol=0, atol=1e-10)
+    torch.testing.assert_close(Vh @ Vh.T, eye, rtol=0, atol=1e-10)
+
+
+@given(st.integers(0, 10))
+def test_with_equal_costs_no_other_choice_keeps_more_energy(count):
+    spectra = {"a": torch.tensor([3.0, 1.0, 0.5]), "b": torch.tensor([2.5, 2.0]), "c": torch.tensor([0.7])}
+    ranks = ranks_within(spectra, dict.fromkeys(spectra, 4), 4 * count + 3)
+
+    def energy(r):
+        return sum(float(S[:k].square().sum()) for S, k in zip(spectra.values(), r))
+
+    choices = itertools.product(range(4), range(3), range(2))
+    assert energy(ranks.values()) == max(energy(r) for r in choices if sum(r) <= count)
+    assert sum(ranks.values()) == min(count, 6)
+
+
+def test_dear_layers_must_earn_their_place():
+    spectra = {"cheap": torch.tensor([1.0]), "dear": torch.tensor([1.5])}
+    assert ranks_within(spectra, {"cheap": 10, "dear": 30}, 30) == {"cheap": 1, "dear": 0}
+    assert ranks_within(spectra, {"cheap": 10, "dear": 20}, 30) == {"cheap": 1, "dear": 1}
+    assert ranks_within({"a": torch.tensor([0.0])}, {"a": 1}, 5) == {"a": 0}  # nothing to keep
+
+
+@pytest.mark.parametrize("make", [LoRALinear, SoRALinear])
+def test_a_budget_that_holds_everything_changes_nothing(make):
+    model, x = net(make), gaussian(4, 5)
+    y = model(x)
+    assert prune_by_svd(model, 1000) is model
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-10)
+    assert all(type(layer) is LoRALinear and layer.rank == 3 for _, layer in adapters(model))
+
+
+@given(st.integers(0, 90))
+def test_a_pruned_model_stays_within_its_budget_and_is_the_truncated_svd(budget):
+    model = net()
+    full = {path: layer.delta_weight().detach() for path, layer in adapters(model)}
+    bases = {path: layer.base for path, layer in adapters(model)}
+    prune_by_svd(model, budget)
+    left = dict(adapters(model))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) <= budget
+    for path, dW in full.items():
+        if path not in left:
+            assert model.get_submodule(path) is bases[path]
+            continue
+        U, S, Vh = torch.linalg.svd(dW, full_matrices=False)
+        r = left[path].rank
+        torch.testing.assert_close(left[path].delta_weight(), U[:, :r] * S[:r] @ Vh[:r], rtol=0, atol=1e-10)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="budget: got -1"):
+        prune_by_svd(net(), -1)
+    with pytest.raises(TypeError, match="budget"):
+        prune_by_svd(net(), 1.5)
+    for model in (nn.Sequential(nn.Linear(2, 2)), LoRALinear(nn.Linear(2, 2), 1), net(DoRALinear)):
+        with pytest.raises(ValueError, match="model: got"):
+            prune_by_svd(model, 10)
