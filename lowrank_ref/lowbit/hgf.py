@@ -68,7 +68,10 @@ def init_factors(
 
 
 def gate_penalty(gates: Float[Tensor, " layers"], strength: float = 1e-3) -> Float[Tensor, ""]:
-    """Return λ Σ abs g, to be added to the loss [choice]. Gates that are held get no gradient from it."""
+    """Return λ Σ abs g, to be added to the loss [choice]. Gates that are held get no gradient from it.
+
+    Beware under Adam, which divides gradients by their size: λ = 0.001 closed all gates of a 25 M model in 200 steps.
+    """
     return strength * gates.abs().sum()
 
 
