@@ -13,7 +13,7 @@ in `attack_losses`.
 Letters: x, y are clean images (batch, ...) and their labels; u a point near x; G the gradient at u; N steps.
 
 Deviations. `pgd` takes steps that fall linearly to 0 and returns the best iterate, not the last. APGD here runs once
-from one start; restarts are the caller's, through `start`.
+from one start; restarts are the caller's, through `start`. Steps of the l1 attacks pass over pixels that cannot move.
 
 Cost: N + 1 forward and backward passes. The model is in eval mode during the attack and as before after it; its
 weights get no gradients. An attack computes in the dtype of x: keep x in float32 under autocast.
@@ -53,7 +53,7 @@ class Attacked(NamedTuple):
 def pgd(
     model: nn.Module,
     x: Float[Tensor, "batch *shape"],
-    y: Int64[Tensor, " batch"],
+    y: Int64[Tensor, " _"],
     *,
     norm: float,
     epsilon: float,
@@ -67,7 +67,7 @@ def pgd(
     Args:
         model: maps images to logits.
         x: clean images in [0, 1].
-        y: labels.
+        y: labels, one per image.
         norm: p, one of math.inf, 2, 1.
         epsilon: radius ε >= 0.
         steps: N >= 1.
@@ -84,7 +84,7 @@ def pgd(
         seen = _Seen(model, y, loss, u)
         for i in range(steps):
             size = epsilon * (1 - i / steps)
-            u = project(u + size * ascent(seen.G, norm=norm, sparsity=sparsity), x, norm=norm, epsilon=epsilon)
+            u = project(u + size * ascent(seen.G, u, norm=norm, sparsity=sparsity), x, norm=norm, epsilon=epsilon)
             seen.look(u)
     return seen.result()
 
@@ -92,7 +92,7 @@ def pgd(
 def apgd(
     model: nn.Module,
     x: Float[Tensor, "batch *shape"],
-    y: Int64[Tensor, " batch"],
+    y: Int64[Tensor, " _"],
     *,
     norm: float,
     epsilon: float,
@@ -110,7 +110,7 @@ def apgd(
         seen = _Seen(model, y, loss, u)
         plan = _Sparser(x, sparsity, steps) if norm == 1 else _Halving(seen, steps)
         for i in range(1, steps + 1):
-            step = epsilon * _per_row(plan.size, x) * ascent(seen.G, norm=norm, sparsity=plan.sparsity)
+            step = epsilon * _per_row(plan.size, x) * ascent(seen.G, u, norm=norm, sparsity=plan.sparsity)
             z = project(u + step, x, norm=norm, epsilon=epsilon)
             if norm != 1 and i > 1:
                 z = project(u + 0.75 * (z - u) + 0.25 * (u - old), x, norm=norm, epsilon=epsilon)

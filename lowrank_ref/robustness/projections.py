@@ -101,12 +101,20 @@ def _shrink_l2(a: Tensor, b: Tensor, epsilon: float) -> Tensor:
 
 
 def ascent(
-    G: Float[Tensor, "batch *shape"], *, norm: float, sparsity: float | Float[Tensor, " batch"] = 0.05
+    G: Float[Tensor, "batch *shape"],
+    u: Float[Tensor, "batch *shape"],
+    *,
+    norm: float,
+    sparsity: float | Float[Tensor, " batch"] = 0.05,
 ) -> Float[Tensor, "batch *shape"]:
     """Return the direction of length 1 in the p-norm: sign(G), G/‖G‖₂, or the signs of the k largest entries over k.
 
+    For p = 1 the k are chosen among the pixels that the box lets move: a pixel at 0 or 1 with a gradient pointing out
+    would be chosen again and again (as in the sparse l1 descent of Tramer and Boneh, 1904.13000).
+
     Args:
         G: gradient. Where it is 0 the direction is 0.
+        u: the point, in [0, 1].
         norm: p.
         sparsity: k/d for p = 1, in (0, 1], one number or one per sample; k is at least 1.
     """
@@ -115,6 +123,7 @@ def ascent(
     g = G.flatten(1)
     if norm == 2:
         return (g / g.norm(dim=1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)).view_as(G)
+    g = torch.where(((u <= 0) & (G < 0) | (u >= 1) & (G > 0)).flatten(1), 0.0, g)
     k = (torch.as_tensor(sparsity, device=g.device) * g.shape[1]).long().clamp(1, g.shape[1]).expand(len(g))
     least = g.abs().sort(1, descending=True).values.gather(1, k[:, None] - 1)
     u = torch.where(g.abs() >= least, g.sign(), 0.0)
