@@ -40,9 +40,9 @@ def pairing(weight: float) -> Callable:
     return lambda z, y: ramp_loss(*z, y, weight=weight)
 
 
-LINF, L1 = Scheme(norms=(math.inf,)), Scheme(norms=(1,))
+LINF = Scheme(norms=(math.inf,))
 FINE_TUNING = {
-    "l1 only": L1,
+    "l1 only": Scheme(norms=(1,)),
     "E-AT (draw)": Scheme(draw=True),
     "AVG": Scheme(average_loss),
     "MAX": Scheme(),
@@ -50,7 +50,6 @@ FINE_TUNING = {
     "RAMP 2": Scheme(pairing(2.0)),
 }
 SCRATCH = {
-    "linf only": LINF,
     "E-AT (draw)": Scheme(draw=True),
     "AVG": Scheme(average_loss),
     "MAX": Scheme(),
@@ -107,7 +106,7 @@ def main() -> None:
         return {"method": name, "lr": lr, "seed": seed, **measure(model), **cost}
 
     hull = hull_radius(THREAT[1], THREAT[math.inf], 784)
-    grids = {"fine_tuning": [0.02, 0.05, 0.1], "scratch": [0.1, 0.2, 0.4]}
+    grids = {"fine_tuning": [0.05, 0.1, 0.2], "scratch": [0.2, 0.4, 0.8]}
     for part, schemes in (("fine_tuning", FINE_TUNING), ("scratch", SCRATCH)):
         if part not in args.part:
             continue
