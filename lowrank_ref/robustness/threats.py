@@ -2,7 +2,7 @@
 
 | source                                                             | here             |
 |--------------------------------------------------------------------|------------------|
-| union accuracy (RAMP, 2402.06827, section 3; Tramer and Boneh)     | `union_accuracy` |
+| union accuracy (RAMP, 2402.06827; Tramer and Boneh, 1904.13000)    | `union_accuracy` |
 | l2 ball inside the hull of l1 and l∞ balls (Croce and Hein, 2020)  | `hull_radius`    |
 | the same question for any of the three                             | `is_free`        |
 
