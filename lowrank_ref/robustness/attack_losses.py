@@ -1,0 +1,60 @@
+"""What an attack makes large: one number per sample, from logits and labels.
+
+| source                                              | here            |
+|-----------------------------------------------------|-----------------|
+| cross-entropy                                       | `cross_entropy` |
+| DLR (Croce and Hein, 2003.01690, section 4)         | `dlr`           |
+| DLR towards a class (the same, section 4)           | `targeted_dlr`  |
+
+Cross-entropy has no gradient left where the network is certain (in float32 from a margin of about 100 on). The
+difference of logits ratio (DLR) does not change when logits are scaled or shifted, so certainty does not protect.
+"""
+
+import math
+
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from lowrank_ref.core.checks import check_integer
+
+
+def cross_entropy(logits: Float[Tensor, "batch classes"], y: Int64[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """Return the cross-entropy of every sample, in nats."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def dlr(logits: Float[Tensor, "batch classes"], y: Int64[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """Return (best other - true) / (largest - third largest logit): unchanged by scale and shift, > 0 where fooled.
+
+    Raises:
+        ValueError: fewer than 3 classes.
+    """
+    if logits.shape[1] < 3:
+        raise ValueError(f"logits: got {logits.shape[1]} classes, wanted at least 3 for the DLR loss")
+    top = logits.topk(3, dim=1).values
+    true = logits.gather(1, y[:, None])
+    other = logits.scatter(1, y[:, None], -math.inf).amax(1)
+    return (other - true[:, 0]) / (top[:, 0] - top[:, 2]).clamp_min(1e-12)
+
+
+def targeted_dlr(
+    logits: Float[Tensor, "batch classes"], y: Int64[Tensor, " batch"], *, target: int = 1
+) -> Float[Tensor, " batch"]:
+    """Return (target - true) / (largest - mean of third and fourth logit).
+
+    Args:
+        logits: at least 4 classes.
+        y: labels.
+        target: which wrong class to aim at, 1 = the best at this point.
+
+    Raises:
+        ValueError: fewer than 4 classes, or target not in [1, classes - 1].
+    """
+    check_integer("target", target, low=1)
+    if logits.shape[1] < 4 or target >= logits.shape[1]:
+        raise ValueError(f"target: got {target} with {logits.shape[1]} classes, wanted target < classes, classes >= 4")
+    top = logits.topk(4, dim=1).values
+    true = logits.gather(1, y[:, None])
+    wrong = logits.scatter(1, y[:, None], -math.inf).topk(target, dim=1).values[:, -1]
+    return (wrong - true[:, 0]) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp_min(1e-12)
