@@ -28,17 +28,15 @@ from torch.nn import functional as F
 from lowrank_ref.core.layers import AdaptedLinear
 from lowrank_ref.lab.data import Arrays, array_batches, digits
 from lowrank_ref.lab.models import GPT, MLP
-from lowrank_ref.lab.train import linear_decay, train, warmup_cosine
-
-__all__ = ["classification_loss", "digits_shift", "markov_language", "markov_pretraining", "pretrained_on_digits"]
-from lowrank_ref.lab.models import MLP
-from lowrank_ref.lab.train import Action, linear_decay, train
+from lowrank_ref.lab.train import Action, linear_decay, train, warmup_cosine
 
 __all__ = [
     "PlantedRank",
     "TanhResidual",
     "classification_loss",
     "digits_shift",
+    "markov_language",
+    "markov_pretraining",
     "measure_planted",
     "planted_rank",
     "pretrained_on_digits",
@@ -187,6 +185,8 @@ def markov_pretraining(
     trained = ((name, p) for name, p in model.named_parameters() if name.startswith("blocks") and "norm" not in name)
     count = sum(p.numel() for _, p in trained if p.requires_grad)
     return {"loss": loss, "block numbers": float(count), **(measure(model) if measure is not None else {})}
+
+
 # --- planted rank -----------------------------------------------------------------------------------------------------
 
 

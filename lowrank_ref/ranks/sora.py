@@ -19,7 +19,6 @@ plain gradient descent. The paper couples ξ = ηλ to the learning rate; the of
 here there is none, unless you add `gate_penalty`. The scale s = α/r of the full rank stays after pruning.
 
 The sparsifying schedule of the paper's algorithm 1 is in `sora_schedule.py`.
-
 Cost per layer: r(m+n+1) trained numbers at the full rank r, Adam state twice that; after pruning r_k(m+n).
 """
 
@@ -232,11 +231,14 @@ class ProximalGates:
 PAPER = PaperInfo(
     key="sora",
     part="ranks",
+    name="SoRA",
     title="Sparse Low-rank Adaptation of Pre-trained Language Models",
     authors=("Ning Ding", "Xingtai Lv", "Qiaosen Wang", "Yulin Chen", "Bowen Zhou", "Zhiyuan Liu", "Maosong Sun"),
     year=2023,
     arxiv="2311.11696v1",
     summary="Start with more rank than needed and let exact zeros in a gate decide what each layer keeps.",
+    use_when="you do not know the rank of each layer and can train at the largest one",
+    instead={"lora": "one rank for all layers is good enough: prune it by its singular values if it must be smaller"},
     official_code="TsinghuaC3I/SoRA",
     code_licence="none stated",
     equations={"forward": "gated_update", "T_ξ": "soft_threshold", "step": "ProximalGates", "pruning": "prune"},

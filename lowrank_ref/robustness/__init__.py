@@ -2,16 +2,6 @@
 
 from typing import Any
 
-__all__ = ["RMTGBClassifier", "RMTGBRegressor"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import the scikit-learn estimators when they are asked for: the package works without scikit-learn."""
-    if name in ("RMTGBClassifier", "RMTGBRegressor"):
-        from lowrank_ref.robustness import r_mtgb_sklearn
-
-        return getattr(r_mtgb_sklearn, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 from lowrank_ref.robustness.attack_losses import cross_entropy, dlr, targeted_dlr
 from lowrank_ref.robustness.attacks import Attacked, apgd, pgd, random_start
 from lowrank_ref.robustness.projections import project
@@ -21,6 +11,8 @@ from lowrank_ref.robustness.threats import survivors, union_accuracy
 __all__ = [
     "Attacked",
     "GradientProjection",
+    "RMTGBClassifier",
+    "RMTGBRegressor",
     "apgd",
     "cross_entropy",
     "dlr",
@@ -32,3 +24,12 @@ __all__ = [
     "targeted_dlr",
     "union_accuracy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the scikit-learn estimators when they are asked for: the package works without scikit-learn."""
+    if name in ("RMTGBClassifier", "RMTGBRegressor"):
+        from lowrank_ref.robustness import r_mtgb_sklearn
+
+        return getattr(r_mtgb_sklearn, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,11 +18,7 @@ gate's step is ν times a *sum* over rows; no regulariser on θ unless asked (th
 Changed: θ₀ is an argument, not drawn from a global generator; at prediction tasks keep their numbers of training. As
 (θ, N, O) → (-θ, O, N) changes nothing, "outlier" is only a name: `outlier_score` orders the two groups by size.
 
-Low rank: without S, the T × n table of all task functions is 1·Aᵀ + (1-g)·Nᵀ + g·Oᵀ with g = σ(θ), of rank at most 2
-for each output (`task_functions`).
-Cost: M₁ + 2·M₂ + T·M₃ trees, T gates. Any learner can be the tree; scikit-learn's estimators: `r_mtgb_sklearn.py`.
 Low rank: without S the (T, n) table of all task functions is 1·Aᵀ + (1-g)·Nᵀ + g·Oᵀ, g = σ(θ): rank <= 2 per output.
-
 Cost: M₁ + 2·M₂ + T·M₃ trees, T gates. NumPy on a CPU: torch.compile and DDP do not apply. Any learner can be the tree;
 the scikit-learn estimators, kept apart so that this file and the registry need no scikit-learn: `r_mtgb_sklearn.py`.
 """

@@ -224,11 +224,14 @@ class GradientProjection:
 PAPER = PaperInfo(
     key="ramp",
     part="robustness",
+    name="RAMP",
     title="RAMP: Boosting Adversarial Robustness Against Multiple $l_p$ Perturbations for Universal Robustness",
     authors=("Enyi Jiang", "Gagandeep Singh"),
     year=2024,
     arxiv="2402.06827v2",
     summary="Train one network to withstand l1, l2 and l∞ attacks together, and measure it by the attacks' union.",
+    use_when="you must withstand attacks of several norms at once and can afford two attacks a batch",
+    instead={"natra": "one norm is all that matters"},
     official_code="uiuc-focal-lab/RAMP",
     code_licence="GPL-2.0",
     equations={

@@ -1,16 +1,23 @@
 """The shared test beds."""
 
-import math
 import copy
+import math
 from functools import partial
 
 import pytest
 import torch
 
-from lowrank_ref.lab.beds import digits_shift, markov_language, markov_pretraining, pretrained_on_digits
 from lowrank_ref.adapters import LoRALinear
 from lowrank_ref.core.layers import merge_adapters, replace_linears
-from lowrank_ref.lab.beds import digits_shift, measure_planted, planted_rank, pretrained_on_digits, train_planted
+from lowrank_ref.lab.beds import (
+    digits_shift,
+    markov_language,
+    markov_pretraining,
+    measure_planted,
+    planted_rank,
+    pretrained_on_digits,
+    train_planted,
+)
 from lowrank_ref.lab.data import digits
 
 
@@ -80,6 +87,8 @@ def test_markov_pretraining_repeats_and_learns():
     assert first == second and first["loss"] < math.log(16) and first["norm"] > 0
     assert first["block numbers"] == 2 * (4 * 48 * 48 + 3 * 48 * 128)
     assert markov_pretraining(adam, 0.01, 1, steps=20)["loss"] != first["loss"]
+
+
 # Planted rank.
 
 
