@@ -19,6 +19,7 @@ unit: $(INSTALLED) ## the unit tests only
 	@$(RUN) book/tools/check.py unit
 
 notebooks: $(INSTALLED) ## run the chapters in place and refresh their outputs
+	@$(RUN) tests/benchmarks/bench_comparison.py --out book/results/comparison.json
 	@$(RUN) book/tools/execute.py --in-place
 
 lab: $(INSTALLED) ## open the chapters in JupyterLab

@@ -25,7 +25,7 @@ LENGTH, FROZEN, HEAD_LR = 24, 4, 1e-2
 
 
 def tokens(tokenizer: Any, texts: list[str], labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return (count, 24) token ids of verses that are long enough, spread evenly over the texts, and their labels."""
+    """Return (count, 24) token ids of the first long verses in the order of the books, and their labels."""
     picked = range(0, len(texts), max(1, len(texts) // (2 * count)))
     rows = [(i, tokenizer.encode(texts[i]).ids) for i in picked]
     rows = [(i, ids[:LENGTH]) for i, ids in rows if len(ids) >= LENGTH][:count]
