@@ -86,12 +86,12 @@ def add_back(
     right: Float[Tensor, "n r"] | None = None,
 ) -> None:
     """Add factor · `project_back` (N) to W in place, without forming the (m, n) direction beside W."""
-    if left is None and right is None:
-        W.add_(N, alpha=factor)
-    elif right is None:
+    if right is not None:
+        W.addmm_(N if left is None else left @ N, right.T, alpha=factor)
+    elif left is not None:
         W.addmm_(left, N, alpha=factor)
     else:
-        W.addmm_(N if left is None else left @ N, right.T, alpha=factor)
+        W.add_(N, alpha=factor)
 
 
 def adam_directions(
@@ -158,13 +158,13 @@ class GaLore(ProjectedOptimizer):
 
     def update(self, ps: list[Tensor], group: dict[str, Any]) -> None:
         """Take one step of each parameter from its gradient."""
-        states, bases = [self.state[p] for p in ps], []
-        for p, state in zip(ps, states):
+        states, grads, bases = [self.state[p] for p in ps], [p.grad for p in ps if p.grad is not None], []
+        for G, state in zip(grads, states):
             state["step"] = state.get("step", 0) + 1
             if group["rank"] is not None and (state["step"] - 1) % group["gap"] == 0:
-                state.update(projectors(p.grad, group["rank"], side=group["side"], basis=self.basis, old=state))
+                state.update(projectors(G, group["rank"], side=group["side"], basis=self.basis, old=state))
             bases.append({key: state[key] for key in ("left", "right") if key in state})
-        R = [project(p.grad, **basis) for p, basis in zip(ps, bases)]
+        R = [project(G, **basis) for G, basis in zip(grads, bases)]
         factor = -group["lr"] * (group["scale"] if group["rank"] is not None else 1.0)
         for p, N, basis in zip(ps, self.directions(R, states, group), bases):
             add_back(p, N, factor, **basis)
