@@ -58,7 +58,15 @@ def tables_as_rst(lines: list[str]) -> list[str]:
     return out
 
 
+def skip(
+    app: Sphinx, what: str, name: str, thing: Any, skipped: bool, options: Any
+) -> bool | None:
+    """Leave out what scikit-learn adds to its estimators."""
+    return True if name.startswith("set_") and name.endswith("_request") else None
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("config-inited", write_pages)  # sphinx_external_toc follows at 900
     app.connect("autodoc-process-docstring", docstring)
+    app.connect("autodoc-skip-member", skip)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -99,7 +99,7 @@ class RandomBases:
         self.A = torch.empty(rank, 0, device=device, dtype=dtype)
         self.B = torch.empty(0, rank, 0, device=device, dtype=dtype)  # Bⱼ transposed, so that blocks lie in a row
         probe = random_a(seed, rank, 1, distribution, sparsity).flatten()
-        #: Seed, and the first column of A in millionths: what a checkpoint keeps of the bases.
+        #: Seed and first column of A in millionths, which is what a checkpoint keeps of the bases.
         self.recipe = torch.tensor([seed, *(probe * 1e6).round().long().tolist()])
 
     def grow(self, blocks: int, D: int, d: int) -> None:

@@ -126,7 +126,7 @@ class Profile:
 
     @property
     def bits(self) -> Float[Tensor, " cuts"]:
-        """The entropies in bits: then a binary site adds at most 1."""
+        """The entropies in bits; then a binary site adds at most 1."""
         return self.entropy / math.log(2)
 
 

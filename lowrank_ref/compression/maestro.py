@@ -175,7 +175,7 @@ class MaestroLinear(nn.Module):
 
     @property
     def width(self) -> int:
-        """Components in use now: the cut in training mode, if there is one, and never more than the rank."""
+        """Components in use now, which is the cut in training mode, if there is one, and never more than the rank."""
         return min(self.cut, self.rank) if self.training and self.cut is not None else self.rank
 
     def kept(self) -> tuple[Float[Tensor, "b n"], Float[Tensor, "m b"]]:

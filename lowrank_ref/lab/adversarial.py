@@ -1,6 +1,6 @@
 """Adversarial training against one norm or several, with the schemes that the robustness chapters compare.
 
-    RAMP = Scheme(lambda z, y: ramp_loss(*z, y), norms=(math.inf, 1), projection=cosine_projection)
+    RAMP = Scheme(loss, norms=(math.inf, 1), projection=cosine_projection)
     model = train_robust(model, x, y, RAMP, threat, lr=0.2, epochs=15, seed=0)
 
 SGD with momentum 0.9, a rate that falls linearly to 0, PGD of a few steps on every batch. A twin that trains on clean
@@ -10,7 +10,7 @@ images runs beside the model only where a scheme fuses the two.
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Scheme:
         projection: fuse with a natural twin after every epoch, by this projection of `ramp`; None trains alone.
     """
 
-    loss: Callable[[Sequence[Tensor], Tensor], Tensor] = max_loss
+    loss: Callable[[Sequence[Tensor], Tensor], Tensor] = field(default_factory=lambda: max_loss)
     norms: tuple[float, ...] = (math.inf, 1)
     draw: bool = False
     projection: Projection | None = None

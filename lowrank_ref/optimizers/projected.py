@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_ref.core.checks import check_integer, check_number, check_rank
 
-#: Parameters that step together: enough to launch few kernels, few enough that their projections need little memory.
+#: How many parameters step together, enough to launch few kernels, few enough that their projections need little memory.
 TOGETHER = 32
 
 
