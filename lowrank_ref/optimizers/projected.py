@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_ref.core.checks import check_integer, check_number, check_rank
 
-#: How many parameters step together, enough to launch few kernels, few enough that their projections need little memory.
+#: How many parameters step together, so that a step launches few kernels and its projections need little memory.
 TOGETHER = 32
 
 

@@ -70,7 +70,7 @@ def soft_threshold(x: Float[Tensor, "*any"], threshold: float) -> Float[Tensor, 
 def released_threshold(x: Float[Tensor, "*any"], threshold: float) -> Float[Tensor, "*any"]:
     """Return what the official code computes: shrink by ξ, and then zero what has become smaller than ξ.
 
-    The last test sees values that were shrunk already, so all of ξ < |x| < 2ξ ends at 0: twice the dead zone, and a
+    The last test sees values that were shrunk already, so all of abs x from ξ to 2ξ ends at 0: twice the dead zone, and a
     jump of height ξ at its edge.
     """
     x = torch.where(x > threshold, x - threshold, x)
