@@ -6,7 +6,7 @@ Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models", arXiv 
 |-------------------------------------------------|----------------------------------------------------------|
 | z = W₀x + W_u(g ⊙ (W_d x))                      | `gated_update`, `gated_delta`, `SoRALinear`              |
 | L₀ + λ·Σ‖g‖₁                                    | `gate_penalty`                                           |
-| T_ξ(x) = sign(x)·max(\|x\| - ξ, 0)              | `soft_threshold`                                         |
+| T_ξ(x) = sign(x)·max(abs x - ξ, 0)               | `soft_threshold`                                         |
 | g ← T_ηλ(g - η∂L₀/∂g)                           | `ProximalGates`, after the optimizer's step              |
 | deleting the components with g = 0              | `pruned_factors`, `SoRALinear.pruned`, `prune`           |
 | the threshold of the official code              | `released_threshold`                                     |
@@ -15,7 +15,7 @@ Letters: W_d is A (r, n), W_u is B (m, r), g (r) the gate; η the gates' learnin
 
 Deviations. The gates are trained by Adam and then shrunk, as in the official code; a proximal step proper would follow
 plain gradient descent. The paper couples ξ = ηλ to the learning rate; the official default keeps ξ constant
-(`coupled=False`), and its operator also zeroes ξ < |g| < 2ξ. The official trainer adds a second L1 term to the loss;
+(`coupled=False`), and its operator also zeroes gates from ξ to 2ξ. The official trainer adds a second L1 term to the loss;
 here there is none, unless you add `gate_penalty`. The scale s = α/r of the full rank stays after pruning.
 
 The sparsifying schedule of the paper's algorithm 1 is in `sora_schedule.py`.
@@ -56,7 +56,7 @@ def gated_update(
 
 
 def soft_threshold(x: Float[Tensor, "*any"], threshold: float) -> Float[Tensor, "*any"]:
-    """Return T_ξ(x) = sign(x)·max(|x| - ξ, 0), which minimises ½(z - x)² + ξ|z| over z.
+    """Return T_ξ(x) = sign(x)·max(abs x - ξ, 0), which minimises ½(z - x)² + ξ·abs z over z.
 
     Computed as x minus its projection onto [-ξ, ξ], which is the same.
 
@@ -70,8 +70,8 @@ def soft_threshold(x: Float[Tensor, "*any"], threshold: float) -> Float[Tensor, 
 def released_threshold(x: Float[Tensor, "*any"], threshold: float) -> Float[Tensor, "*any"]:
     """Return what the official code computes: shrink by ξ, and then zero what has become smaller than ξ.
 
-    The last test sees values that were shrunk already, so all of abs x from ξ to 2ξ ends at 0: twice the dead zone, and a
-    jump of height ξ at its edge.
+    The last test sees values that were shrunk already, so what lies between ξ and 2ξ ends at 0:
+    twice the dead zone, and a jump of height ξ at its edge.
     """
     x = torch.where(x > threshold, x - threshold, x)
     x = torch.where(x < -threshold, x + threshold, x)
