@@ -15,7 +15,7 @@ Letters: W_d is A (r, n), W_u is B (m, r), g (r) the gate; η the gates' learnin
 
 Deviations. The gates are trained by Adam and then shrunk, as in the official code; a proximal step proper would follow
 plain gradient descent. The paper couples ξ = ηλ to the learning rate; the official default keeps ξ constant
-(`coupled=False`), and its operator also zeroes gates from ξ to 2ξ. The official trainer adds a second L1 term to the loss;
+(`coupled=False`), and its operator also zeroes gates from ξ to 2ξ. The official trainer adds a second L1 term;
 here there is none, unless you add `gate_penalty`. The scale s = α/r of the full rank stays after pruning.
 
 The sparsifying schedule of the paper's algorithm 1 is in `sora_schedule.py`.
