@@ -244,6 +244,6 @@ PAPER = PaperInfo(
     },
     deviations=("no third forward pass", "no fusing of running statistics", "pair of norms by convex hull, not volume"),
     aliases=("robustness against multiple perturbations", "union accuracy", "PGD", "APGD", "E-AT"),
-    status="checked",
+    status="draft",
     verified="2026-11-24",
 )
