@@ -6,6 +6,7 @@ A new paper adds its parameter count to `COUNTS`, nothing else. `test_battery.py
 import io
 
 import torch
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -35,8 +36,19 @@ NOT_RANDOM = {"PiSSALinear"}
 OPTIMIZERS = {name: make for info in papers().values() for name, make in info.optimizers.items()}
 
 
+@st.composite
+def shapes(draw):
+    """(m, n, r): tall, wide, square; r from 1 to min(m, n), and often one of the two ends."""
+    m, n = draw(st.integers(1, 8)), draw(st.integers(1, 8))
+    return m, n, draw(st.sampled_from([1, min(m, n)]) | st.integers(1, min(m, n)))
+
+
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def linear(dtype=torch.float64):

@@ -3,7 +3,6 @@
 import copy
 from functools import partial
 
-import jaxtyping
 import pytest
 import torch
 from battery import (
@@ -226,15 +225,6 @@ def test_exported_factors_are_the_update(name):
         pytest.skip("no plain LoRA")
     A, B, scale = layer.lora_factors()
     assert_close(scale * B @ A, layer.delta_weight())
-
-
-@pytest.fixture
-def no_shape_checks():
-    """Switch jaxtyping's checks off: they are Python that torch.compile cannot trace."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @each_layer

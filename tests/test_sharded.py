@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from battery import batch, linear, loss, seeded
+from battery import linear, seeded, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -31,13 +31,6 @@ def lora():
 CASES = {"LoRA": lora}
 
 
-def steps(model, optimizer, count, rows):
-    for step in range(count):
-        optimizer.zero_grad()
-        loss(model, batch(step)[rows]).backward()
-        optimizer.step()
-
-
 def whole(model):
     return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in model.state_dict().items()}
 
@@ -52,7 +45,7 @@ def work(rank, world, folder):
         for module in (model[0], model):
             fully_shard(module, mesh=mesh)
         trained = [p for p in model.parameters() if p.requires_grad]
-        steps(model, torch.optim.Adam(trained, lr=0.01), 3, slice(rank, None, world))
+        train(model, torch.optim.Adam(trained, lr=0.01), range(3), rows=slice(rank, None, world))
         results[name] = whole(model)
         dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=f"{folder}/{name}")
         again = make()
@@ -79,7 +72,7 @@ def sharded(tmp_path_factory):
 def test_three_sharded_steps_equal_those_of_one_process(name, sharded):
     model = CASES[name]()
     start = copy.deepcopy(model.state_dict())
-    steps(model, torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01), 3, slice(None))
+    train(model, torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01), range(3))
     assert sharded[f"{name}, sharded"]
     for key, value in model.state_dict().items():
         torch.testing.assert_close(sharded[name][key], value, rtol=0, atol=1e-9)

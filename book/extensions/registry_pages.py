@@ -4,6 +4,7 @@
 `{status}`: all planned papers.
 """
 
+import functools
 import json
 from collections import Counter
 from html import escape
@@ -31,8 +32,15 @@ def link(paper: PaperInfo, fragment: str = "", text: str = "") -> str:
     return f'<a href="{page_of(paper)}{fragment}">{escape(text or paper.name)}</a>'
 
 
-def chapter(book: Path, paper: PaperInfo) -> nbformat.NotebookNode:
-    return nbformat.read(book / paper.part / f"{paper.key}.ipynb", as_version=4)
+@functools.cache
+def chapter(path: Path) -> tuple[str, list[list[str]]]:
+    """Anchor of the experiment and rows of the claim tables, read once a build."""
+    notebook = nbformat.read(path, as_version=4)
+    return experiment(notebook), claims_of(notebook)
+
+
+def notebook_of(book: Path, paper: PaperInfo) -> Path:
+    return book / paper.part / f"{paper.key}.ipynb"
 
 
 def experiment(notebook: nbformat.NotebookNode) -> str:
@@ -86,14 +94,12 @@ def chooser(book: Path) -> str:
         mine = [paper for paper in found.values() if paper.part == part]
         rows = []
         for paper in mine:
-            notebook = chapter(book, paper)
+            anchor, claimed = chapter(notebook_of(book, paper))
             instead = "<br>".join(
                 f"{link(found[key]) if key in found else key}: {escape(condition)}"
                 for key, condition in paper.instead.items()
             )
-            evidence = link(
-                paper, experiment(notebook), counted(claims_of(notebook)) or "read"
-            )
+            evidence = link(paper, anchor, counted(claimed) or "read")
             rows.append([link(paper), escape(paper.use_when), instead, evidence])
         if rows:
             header = ["method", "use it when", "rather", "its claims, measured here"]
@@ -107,9 +113,8 @@ def claims(book: Path) -> str:
     """One table of all claims, which the script beside it sorts and filters."""
     rows = []
     for paper in papers().values():
-        notebook = chapter(book, paper)
-        anchor = experiment(notebook)
-        for claim, where, measured, verdict in claims_of(notebook):
+        anchor, claimed = chapter(notebook_of(book, paper))
+        for claim, where, measured, verdict in claimed:
             cells = [
                 link(paper, anchor),
                 *map(escape, (claim, where, measured, verdict)),
@@ -148,7 +153,7 @@ def status(book: Path) -> str:
                     else paper.status,
                     f"{time['seconds']} s" if time else "",
                     escape(", ".join(sorted(hardware))),
-                    counted(claims_of(chapter(book, paper))),
+                    counted(chapter(notebook_of(book, paper))[1]),
                 ]
             )
     header = ["paper", "state", "runs in", "stored results from", "claims"]

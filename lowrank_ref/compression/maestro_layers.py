@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lowrank_ref.compression.maestro import MaestroLinear, filled, group_lasso, nested_optimum, prefix_product
 from lowrank_ref.core.checks import check_floating
-from lowrank_ref.core.layers import is_linear, replace_modules
+from lowrank_ref.core.layers import is_linear, put_in_place, replace_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -154,8 +154,5 @@ def deployed(model: Model, ranks: Sequence[int] | None = None) -> Model:
     plain = {id(layer): layer.plain(rank) for layer, rank in zip(layers, ranks)}
     if id(model) in plain:
         return cast(Model, plain[id(model)])
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in plain:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, plain[id(module)])
+    put_in_place(model, plain)
     return model

@@ -143,9 +143,12 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Adapter))
 
 
-def _set(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+def put_in_place(model: nn.Module, new: dict[int, nn.Module]) -> None:
+    """Put `new[id(old)]` wherever a module `old` stands in the model, also at its second place."""
+    for path, old in list(model.named_modules(remove_duplicate=False)):
+        if id(old) in new:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, new[id(old)])
 
 
 def replace_modules(
@@ -195,8 +198,7 @@ def replace_modules(
             p.requires_grad_(True)
         elif first_time:
             p.requires_grad_(False)
-    for path, module in _all_paths(model, {id(m) for m in hits.values()}):
-        _set(model, path, built[id(module)])
+    put_in_place(model, built)
     return model
 
 
@@ -246,17 +248,11 @@ def merge_adapters(model: Model) -> Model:
     merged = {id(layer): layer.merged() for layer in found.values()}
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     untied = any(holders[id(p)] > 1 for layer in found.values() for p in layer.base.parameters())
-    for path, layer in _all_paths(model, set(merged)):
-        _set(model, path, merged[id(layer)])
+    put_in_place(model, merged)
     config: Any = getattr(model, "config", None)
     if untied and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
     return model
-
-
-def _all_paths(model: nn.Module, ids: set[int]) -> list[tuple[str, nn.Module]]:
-    """Every path of the wanted modules, also the second path of a module that stands at two places."""
-    return [(n, m) for n, m in model.named_modules(remove_duplicate=False) if id(m) in ids]
 
 
 def _inside_adapter(model: nn.Module, path: str) -> bool:

@@ -5,6 +5,7 @@ the same 200 Adam steps of 64 images, a learning rate that falls linearly to 0, 
 
 **Markov pretraining**: a small GPT learns, from scratch, a language of 16 letters in which two letters decide the odds
 of the next. Attention has to fetch the letter before the last. The entropy of the language is known.
+
 **planted rank**: the weights of a known network move by updates of known rank, a different one in each layer, and a
 student sees only noisy inputs and outputs. Whatever decides about ranks can be compared with the truth, layer by layer:
 

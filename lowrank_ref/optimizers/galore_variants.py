@@ -34,7 +34,7 @@ class GaLoreAdamW8bit(GaLoreAdamW):
 
     def directions(self, R: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Iterable[Tensor]:
         """Return Adam's directions, one at a time: decoding the moments of all at once would take their memory."""
-        return (self.direction(r, state, group) for r, state in zip(R, states))
+        return GaLore.directions(self, R, states, group)
 
     def direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """Return Adam's direction."""

@@ -243,6 +243,6 @@ PAPER = PaperInfo(
     equations={"support I": "random_support", "W = s·BA + S": "dense_weight", "∇B, ∇A, ∇V": "parameter_gradients"},
     deviations=("the bias is nn.Linear's", "no trainable scale", "rank = 0 and density = 0 are allowed"),
     aliases=("sparse plus low-rank", "random sparse support"),
-    status="checked",
+    status="draft",
     verified="2026-11-24",
 )

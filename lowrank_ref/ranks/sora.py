@@ -244,7 +244,7 @@ PAPER = PaperInfo(
     equations={"forward": "gated_update", "T_ξ": "soft_threshold", "step": "ProximalGates", "pruning": "prune"},
     deviations=("the true soft threshold, not the released one", "ξ follows the learning rate", "one L1 term, not two"),
     aliases=("sparse low-rank adaptation", "soft threshold", "proximal gradient", "rank pruning"),
-    status="checked",
+    status="draft",
     verified="2026-11-24",
     layers={"SoRALinear": SoRALinear},
 )

@@ -245,6 +245,6 @@ PAPER = PaperInfo(
     equations={"F(x, r)": "raw_score", "u": "squared_residual", "block 2": "gated_targets", "∂L/∂θ": "gate_gradient"},
     deviations=("θ₀ from random_state", "task numbers of the training data at prediction", "groups ordered by size"),
     aliases=("robust multi-task gradient boosting", "MTGB", "outlier tasks"),
-    status="checked",
+    status="draft",
     verified="2026-11-24",
 )

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from battery import gaussian, seeded, shapes
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -27,21 +28,6 @@ from lowrank_ref.adapters.randlora import (
 from lowrank_ref.adapters.randlora_bases import from_peft, to_peft
 from lowrank_ref.core.io import load_adapters, save_adapters
 from lowrank_ref.core.layers import adapters, replace_linears
-
-
-@st.composite
-def shapes(draw):
-    """(m, n, r): tall, wide, square; r from 1 to min(m, n), and often one of the two ends."""
-    m, n = draw(st.integers(1, 8)), draw(st.integers(1, 8))
-    return m, n, draw(st.sampled_from([1, min(m, n)]) | st.integers(1, min(m, n)))
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def factors(D, d, r):

@@ -15,8 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench_lora import addresses, train
-from common import arguments, evaluate, save
+from common import addresses, arguments, evaluate, fine_tune, save
 from torch import Tensor
 
 from lowrank_ref.adapters import LoRALinear
@@ -143,7 +142,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     base = GPT(**shape, vocab_size=vocab, length=length, generator=torch.Generator().manual_seed(0)).to(device)
-    train(base, pre, base.parameters(), lr=6e-4, steps=pre_steps, device=device)
+    fine_tune(base, pre, base.parameters(), lr=6e-4, steps=pre_steps, device=device)
     start = evaluate(base, on_new, count, device)
     print("pretrained", start, flush=True)
     chain = entropy_profile(base.blocks[0].attn.q.weight)
@@ -176,7 +175,7 @@ def main() -> None:
         model = adapt(copy.deepcopy(base), name, seed)
         params = [p for p in model.parameters() if p.requires_grad]
         data = token_batches(new_tokens, batch=batch, length=length, seed=seed + 10)
-        train(model, data, params, lr=lr, steps=steps, device=device)
+        fine_tune(model, data, params, lr=lr, steps=steps, device=device)
         found = {which: updates(model, base, which) for which in "qv"}
         sizes = [d.norm() / b.attn.v.weight.detach().norm() for d, b in zip(found["v"], base.blocks)]
         row = {

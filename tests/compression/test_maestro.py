@@ -3,7 +3,6 @@
 import copy
 import math
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given
@@ -388,15 +387,6 @@ def test_half_precision_and_autocast_stay_finite():
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16 and layer.A.grad.dtype == torch.float32
     torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.2)
-
-
-@pytest.fixture
-def no_shape_checks():
-    """Switch jaxtyping's checks off: torch.compile cannot trace them, and they would answer before ours."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def test_compiles_to_one_graph(no_shape_checks):

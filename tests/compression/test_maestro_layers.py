@@ -3,7 +3,6 @@
 import copy
 from collections import OrderedDict
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given
@@ -116,15 +115,6 @@ def test_half_precision_and_autocast():
         y = layer(X.float())
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), layer(X.float()), rtol=0.05, atol=0.1)
-
-
-@pytest.fixture
-def no_shape_checks():
-    """Switch jaxtyping's checks off: they are Python that torch.compile cannot trace."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def test_a_convolution_compiles_to_one_graph(no_shape_checks):

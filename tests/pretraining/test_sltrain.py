@@ -4,7 +4,6 @@ import copy
 import math
 from functools import partial
 
-import jaxtyping
 import pytest
 import torch
 from battery import batch, distributed_layer, linear, loss, seeded, train
@@ -342,15 +341,6 @@ def kept(function, x):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         return function(x), shapes
-
-
-@pytest.fixture
-def no_shape_checks():
-    """Switch jaxtyping's checks off: they are Python that torch.compile cannot trace."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.mark.parametrize("backend", [None, "eager", "aot_eager", "aot_eager_decomp_partition"])

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from battery import gaussian, seeded, shapes
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -29,21 +30,6 @@ from lowrank_ref.ranks.sora import (
     released_threshold,
     soft_threshold,
 )
-
-
-@st.composite
-def shapes(draw):
-    """(m, n, r): tall, wide, square; r from 1 to min(m, n), and often one of the two ends."""
-    m, n = draw(st.integers(1, 8)), draw(st.integers(1, 8))
-    return m, n, draw(st.sampled_from([1, min(m, n)]) | st.integers(1, min(m, n)))
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def sora(m=6, n=5, rank=4, *, moved=True, dtype=torch.float64, **options):
