@@ -6,14 +6,14 @@ Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Project
 |-----------------------------------------------|----------------------------------------|
 | P, Q: top singular vectors of G every T steps | `projectors`                           |
 | R = PᵀG, R = GQ, or R = PᵀGQ                  | `project`                              |
-| N = M/(√V + ε), M and V of the size of R      | `adam_directions`                      |
+| N = M/(√V + ε), M and V of the size of R      | `adam_directions`; in one pass: `add_adam` |
 | G̃ = α·PN                                      | `project_back`                         |
 | W ← W - η·G̃                                   | `add_back`, `GaLoreAdamW`, `GaLoreSGD` |
 
 Letters: W and G are (m, n); left basis P (m, r), right basis Q (n, r), rank r; `gap` is T, `scale` is α, `lr` is η.
 
 Deviations. Bases come from `gram_basis` unless another is given: the subspace of the SVD at a fraction of its time;
-pass `svd_basis` for the definition. Their signs are fixed, so that runs on other hardware follow the same path. As in
+pass `svd_basis` for the definition, `subspace_basis` for speed on a GPU. Their signs are fixed, so that runs on other hardware follow the same path. As in
 the official code (and not in `torch.optim`) ε is added before bias correction, the moments survive a change of basis
 unrotated, and weight decay comes after the step, unscaled by α. Its Tucker projector, which ignores Adam's output, is
 left out.
@@ -32,32 +32,63 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowrank_ref.core.checks import check_number
-from lowrank_ref.core.linalg import gram_basis
+from lowrank_ref.core.linalg import gram_basis, subspace_basis
 from lowrank_ref.core.registry import PaperInfo
 from lowrank_ref.optimizers.projected import ProjectedOptimizer, sides
 
 Basis = Callable[..., Tensor]
 
+#: Bases that take several gradients of one shape at once, and how many numbers these may hold together (0.25 GiB).
+BATCHED, MOST_NUMBERS = (subspace_basis,), 2**26
+
 
 def projectors(
-    G: Float[Tensor, "m n"], rank: int, *, side: str = "smaller", basis: Basis = gram_basis, old: dict | None = None
+    G: Float[Tensor, "*batch m n"],
+    rank: int,
+    *,
+    side: str = "smaller",
+    basis: Basis = gram_basis,
+    old: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return {"left": P (m, r)} and/or {"right": Q (n, r)}: orthonormal bases of the top singular subspaces of G.
 
     Args:
-        G: gradient (m, n), finite. Half precision is decomposed in float32 and rounded back.
+        G: gradient (m, n), finite; a batch (..., m, n) for a basis that takes batches. Half precision is decomposed in
+            float32 and rounded back.
         rank: 1 <= rank <= min(m, n).
         side: see `sides`.
-        basis: `gram_basis`, `svd_basis` or `power_basis`; called as basis(G, rank, start=old basis or None).
-        old: the last bases, a warm start for `power_basis`.
+        basis: `gram_basis`, `svd_basis`, `power_basis` or `subspace_basis`; called as basis(G, rank, start=old basis or
+            None).
+        old: the last bases, a warm start for the last two.
     """
-    left, right = sides((G.shape[0], G.shape[1]), side)
+    left, right = sides((G.shape[-2], G.shape[-1]), side)
     old = old or {}
     found = {}
     if left:
         found["left"] = basis(G, rank, start=old.get("left")).to(G.dtype)
     if right:
-        found["right"] = basis(G.T, rank, start=old.get("right")).to(G.dtype)
+        found["right"] = basis(G.mT, rank, start=old.get("right")).to(G.dtype)
+    return found
+
+
+def new_projectors(
+    grads: list[Tensor], states: list[dict[str, Any]], rank: int, *, side: str, basis: Basis
+) -> list[dict[str, Tensor]]:
+    """Return the `projectors` of each gradient; those of one shape in batches, where the basis takes batches."""
+    found: list[dict[str, Tensor]] = [{} for _ in grads]
+    for shape in dict.fromkeys(G.shape for G in grads):
+        mine = [i for i, G in enumerate(grads) if G.shape == shape]
+        size = max(1, MOST_NUMBERS // shape.numel()) if basis in BATCHED else 1
+        for chunk in (mine[i : i + size] for i in range(0, len(mine), size)):
+            if len(chunk) == 1:
+                found[chunk[0]] = projectors(grads[chunk[0]], rank, side=side, basis=basis, old=states[chunk[0]])
+                continue
+            keys = [key for key in ("left", "right") if all(key in states[i] for i in chunk)]
+            old = {key: torch.stack([states[i][key] for i in chunk]) for key in keys}
+            together = projectors(torch.stack([grads[i] for i in chunk]), rank, side=side, basis=basis, old=old)
+            for key, bases in together.items():
+                for i, P in zip(chunk, bases):
+                    found[i][key] = P.clone()  # a view would keep all of the batch alive
     return found
 
 
@@ -82,16 +113,17 @@ def add_back(
     N: Tensor,
     factor: float,
     *,
+    keep: float = 1.0,
     left: Float[Tensor, "m r"] | None = None,
     right: Float[Tensor, "n r"] | None = None,
 ) -> None:
-    """Add factor · `project_back` (N) to W in place, without forming the (m, n) direction beside W."""
+    """Set W to keep · (W + factor · `project_back` (N)) in place, without forming the (m, n) direction beside W."""
     if right is not None:
-        W.addmm_(N if left is None else left @ N, right.T, alpha=factor)
+        W.addmm_(N if left is None else left @ N, right.T, alpha=keep * factor, beta=keep)
     elif left is not None:
-        W.addmm_(left, N, alpha=factor)
+        W.addmm_(left, N, alpha=keep * factor, beta=keep)
     else:
-        W.add_(N, alpha=factor)
+        W.mul_(keep).add_(N, alpha=keep * factor)
 
 
 def adam_directions(
@@ -115,6 +147,26 @@ def adam_directions(
     return list(N)
 
 
+def add_adam(
+    W: list[Tensor],
+    R: list[Tensor],
+    M: list[Tensor],
+    V: list[Tensor],
+    step: int,
+    factor: float,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """Update the moments and add factor · `adam_directions` to W, all in place, in one pass over the memory.
+
+    It is PyTorch's fused Adam, which adds its ε after bias correction: hence ε/√(1 - β₂ᵗ). Computes in float32 or wider.
+    """
+    eps, steps = eps / math.sqrt(1 - betas[1] ** step), [torch.tensor(float(step), device=W[0].device)] * len(W)
+    options = {"beta1": betas[0], "beta2": betas[1], "weight_decay": 0.0, "amsgrad": False, "maximize": False}
+    torch._fused_adam_(W, R, M, V, [], steps, lr=-factor, eps=eps, **options)
+
+
 class GaLore(ProjectedOptimizer):
     """Base of the GaLore optimizers: projects, asks `direction` for the step in the small space, projects back.
 
@@ -126,6 +178,8 @@ class GaLore(ProjectedOptimizer):
         gap: T >= 1, steps between two changes of basis.
         scale: α > 0, multiplies lr in projected groups.
         side: see `sides`.
+        spread: change the bases of a group one after the other within each gap, so that no step is much longer than
+            the others; False changes them all in the same step.
         weight_decay: λ >= 0, decoupled.
         basis: how to find the projectors, see `projectors`.
         own: further options of a subclass.
@@ -144,32 +198,43 @@ class GaLore(ProjectedOptimizer):
         gap: int = 200,
         scale: float = 0.25,
         side: str = "smaller",
+        spread: bool = False,
         weight_decay: float = 0.0,
         basis: Basis = gram_basis,
         own: dict[str, Any] | None = None,
     ) -> None:
         self.basis = basis
-        shared = {"lr": lr, "rank": rank, "gap": gap, "scale": scale, "side": side, "weight_decay": weight_decay}
-        super().__init__(params, {**shared, **(own or {})})
+        shared = {"lr": lr, "rank": rank, "gap": gap, "scale": scale, "side": side, "spread": spread}
+        super().__init__(params, {**shared, "weight_decay": weight_decay, **(own or {})})
 
     def __getstate__(self) -> dict[str, Any]:
         """Let a copy keep the basis: PyTorch would carry over only its own three attributes."""
         return {**super().__getstate__(), "basis": self.basis}
 
+    def due(self, p: Tensor, step: int, group: dict[str, Any]) -> bool:
+        """Tell whether a parameter changes its basis in this step, which counts from 1."""
+        later = 0
+        if group["spread"]:
+            place = next(i for i, other in enumerate(group["params"]) if other is p)
+            later = place * group["gap"] // len(group["params"])
+        return step == 1 or (step - 1 - later) % group["gap"] == 0
+
     def update(self, ps: list[Tensor], group: dict[str, Any]) -> None:
         """Take one step of each parameter from its gradient."""
-        states, grads, bases = [self.state[p] for p in ps], [p.grad for p in ps if p.grad is not None], []
-        for G, state in zip(grads, states):
+        states, grads = [self.state[p] for p in ps], [p.grad for p in ps if p.grad is not None]
+        for state in states:
             state["step"] = state.get("step", 0) + 1
-            if group["rank"] is not None and (state["step"] - 1) % group["gap"] == 0:
-                state.update(projectors(G, group["rank"], side=group["side"], basis=self.basis, old=state))
-            bases.append({key: state[key] for key in ("left", "right") if key in state})
+        if group["rank"] is not None:
+            due = [i for i, p in enumerate(ps) if self.due(p, states[i]["step"], group)]
+            asked = ([grads[i] for i in due], [states[i] for i in due], group["rank"])
+            for i, found in zip(due, new_projectors(*asked, side=group["side"], basis=self.basis)):
+                states[i].update(found)
+        bases = [{key: state[key] for key in ("left", "right") if key in state} for state in states]
         R = [project(G, **basis) for G, basis in zip(grads, bases)]
         factor = -group["lr"] * (group["scale"] if group["rank"] is not None else 1.0)
+        keep = 1 - group["lr"] * group["weight_decay"]
         for p, N, basis in zip(ps, self.directions(R, states, group), bases):
-            add_back(p, N, factor, **basis)
-            if group["weight_decay"]:
-                p.mul_(1 - group["lr"] * group["weight_decay"])
+            add_back(p, N, factor, keep=keep, **basis)
 
     def directions(self, R: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Iterable[Tensor]:
         """Return the steps for (projected) gradients R, of their shapes, and update their states."""
@@ -211,12 +276,16 @@ class GaLoreAdamW(GaLore):
         check_number("eps", group["eps"], low=0)
 
     def directions(self, R: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Iterable[Tensor]:
-        """Return Adam's directions."""
+        """Return Adam's directions; on a GPU those of equal dtype and step in one pass."""
         for r, state in zip(R, states):
             if "M" not in state:
                 state["M"], state["V"] = torch.zeros_like(r), torch.zeros_like(r)
         M, V, steps = ([state[key] for state in states] for key in ("M", "V", "step"))
-        return adam_directions(R, M, V, steps, betas=group["betas"], eps=group["eps"])
+        if len({(r.is_cuda, r.dtype, step) for r, step in zip(R, steps)}) > 1 or not R[0].is_cuda:
+            return adam_directions(R, M, V, steps, betas=group["betas"], eps=group["eps"])
+        N = [torch.zeros_like(r) for r in R]
+        add_adam(N, R, M, V, steps[0], 1.0, betas=group["betas"], eps=group["eps"])
+        return N
 
 
 class GaLoreSGD(GaLore):
