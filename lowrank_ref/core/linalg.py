@@ -7,7 +7,7 @@ the transpose for the row space. There are four, from exact to fast:
 - `gram_basis`: an eigendecomposition of the smaller Gram matrix. The same subspace, except for directions with singular
   values under about 3e-4 of the largest (in float32).
 - `power_basis`: products and thin QRs only. Nearly the same energy; measure it with `captured_energy`.
-- `subspace_basis`: products with a Gram matrix and Cholesky factors only, for many matrices at once. The fastest on a GPU.
+- `subspace_basis`: products with a Gram matrix and Cholesky factors only, for many matrices at once. Fastest on a GPU.
 """
 
 import torch

@@ -1,10 +1,10 @@
 r"""Products with packed ternary weights in Triton: two bits a weight come from memory, the tensor cores do the rest.
 
-| function         | computes                                                 | definition                            |
-|------------------|----------------------------------------------------------|---------------------------------------|
-| `quantise`       | int8 codes and scale s of every token                    | `lowbit.ternary`: `int8_codes`        |
-| `ternary_matmul` | (x Tᵀ)·β, or (x_q Tᵀ)·β/s, and with factors the rest + tBᵀ | `lowbit.ternary`: `packed_linear`     |
-| `unpacked`       | T or βT as a matrix                                      | `lowbit.ternary`: `unpack`            |
+| function         | computes                                              | definition in `lowbit.ternary`    |
+|------------------|-------------------------------------------------------|-----------------------------------|
+| `quantise`       | int8 codes and scale s of every token                 | `int8_codes`, `absmax_scale`      |
+| `ternary_matmul` | (x Tᵀ)·β, or (x_q Tᵀ)·β/s; with factors plus tBᵀ      | `packed_matmul`, `packed_linear`  |
+| `unpacked`       | βT as a matrix                                        | `unpack`                          |
 
 **How.** A byte holds one weight of each of four planes: columns j, j+P, j+2P, j+3P of a row, P = ⌈n/4⌉. So one loaded
 byte meets four pieces of x that each lie side by side in memory, and the four products share one accumulator. Weights
@@ -81,7 +81,9 @@ def _add_product(acc, w, part):
 
 
 @triton.jit
-def _finish(acc, x_sum, beta, beta_stride, scale, B, t, y, i, r, rows, m, stride_y, RANK: tl.constexpr, WIDE: tl.constexpr):
+def _finish(
+    acc, x_sum, beta, beta_stride, scale, B, t, y, i, r, rows, m, stride_y, RANK: tl.constexpr, WIDE: tl.constexpr
+):
     """Scale the sums, add tBᵀ and store: y[r, i] for the rows r of x and the rows i of weights."""
     inside = (i[:, None] < m) & (r[None, :] < rows)
     b = tl.load(beta + i * beta_stride, mask=i < m, other=0.0)[:, None]
@@ -104,7 +106,7 @@ def _decode(
     ROWS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
     RANK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A block computes y[:, i] for BM rows i of weights; slice s of its accumulator takes every SPLIT-th piece of BK."""
+    """A block computes y[:, i] for BM rows i of weights; slice s of the accumulator takes every SPLIT-th piece."""
     i = tl.program_id(0) * BM + tl.arange(0, BM)
     k = tl.arange(0, SPLIT)[:, None] * BK + tl.arange(0, BK)[None, :]
     r = tl.arange(0, ROWS)
@@ -307,5 +309,12 @@ def _check(x: Tensor, packed: Tensor, beta: Tensor, scale: Any, x_sum: Any, B: A
         raise ValueError("scale, x_sum: wanted both for int8 codes, and none for 16-bit activations")
     if (B is None) != (t is None):
         raise ValueError("B, t: got one of the two, wanted both or none")
-    if B is not None and (B.shape[0], *t.shape) != (len(packed), len(x), B.shape[1]) or B is not None and B.dtype != t.dtype:
-        raise ValueError(f"B, t: got {tuple(B.shape)} {B.dtype} and {tuple(t.shape)} {t.dtype}, wanted (m, r), (rows, r)")
+    if (
+        B is not None
+        and (B.shape[0], *t.shape) != (len(packed), len(x), B.shape[1])
+        or B is not None
+        and B.dtype != t.dtype
+    ):
+        raise ValueError(
+            f"B, t: got {tuple(B.shape)} {B.dtype} and {tuple(t.shape)} {t.dtype}, wanted (m, r), (rows, r)"
+        )

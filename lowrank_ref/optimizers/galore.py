@@ -6,18 +6,18 @@ Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Project
 |-----------------------------------------------|----------------------------------------|
 | P, Q: top singular vectors of G every T steps | `projectors`                           |
 | R = PᵀG, R = GQ, or R = PᵀGQ                  | `project`                              |
-| N = M/(√V + ε), M and V of the size of R      | `adam_directions`; in one pass: `add_adam` |
+| N = M/(√V + ε), M and V of the size of R      | `adam_directions`                      |
 | G̃ = α·PN                                      | `project_back`                         |
-| W ← W - η·G̃                                   | `add_back`, `GaLoreAdamW`, `GaLoreSGD` |
+| W ← W - η·G̃                                   | `GaLoreAdamW`, `GaLoreSGD`             |
 
 Letters: W and G are (m, n); left basis P (m, r), right basis Q (n, r), rank r; `gap` is T, `scale` is α, `lr` is η.
 
 Deviations. Bases come from `gram_basis` unless another is given: the subspace of the SVD at a fraction of its time;
-pass `svd_basis` for the definition, `subspace_basis` for speed on a GPU. Their signs are fixed, so that runs on other hardware follow the same path. As in
-the official code (and not in `torch.optim`) ε is added before bias correction, the moments survive a change of basis
-unrotated, and weight decay comes after the step, unscaled by α. Its Tucker projector, which ignores Adam's output, is
-left out.
-Adafactor, 8-bit moments and per-layer updates are in `galore_variants.py`.
+pass `svd_basis` for the definition, `subspace_basis` for speed on a GPU. Their signs are fixed, so that runs on other
+hardware follow the same path. As in the official code (and not in `torch.optim`) ε is added before bias correction, the
+moments survive a change of basis unrotated, and weight decay comes after the step, unscaled by α. Its Tucker projector,
+which ignores Adam's output, is left out.
+Adafactor, 8-bit moments and per-layer updates are in `galore_variants.py`; faster equal forms in `fast.py`.
 
 Cost per matrix, k = min(m, n), K = max(m, n): state 2rK + rk numbers instead of 2mn; two products of 2rmn FLOPs a step.
 Works under DDP, where every rank sees the same averaged gradient. Not under FSDP2: a shard's gradient has another SVD.
@@ -32,14 +32,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lowrank_ref.core.checks import check_number
-from lowrank_ref.core.linalg import gram_basis, subspace_basis
+from lowrank_ref.core.linalg import gram_basis
 from lowrank_ref.core.registry import PaperInfo
+from lowrank_ref.optimizers.fast import add_adam, add_back, in_batches, kernel_steps
 from lowrank_ref.optimizers.projected import ProjectedOptimizer, sides
 
 Basis = Callable[..., Tensor]
-
-#: Bases that take several gradients of one shape at once, and how many numbers these may hold together (0.25 GiB).
-BATCHED, MOST_NUMBERS = (subspace_basis,), 2**26
 
 
 def projectors(
@@ -71,27 +69,6 @@ def projectors(
     return found
 
 
-def new_projectors(
-    grads: list[Tensor], states: list[dict[str, Any]], rank: int, *, side: str, basis: Basis
-) -> list[dict[str, Tensor]]:
-    """Return the `projectors` of each gradient; those of one shape in batches, where the basis takes batches."""
-    found: list[dict[str, Tensor]] = [{} for _ in grads]
-    for shape in dict.fromkeys(G.shape for G in grads):
-        mine = [i for i, G in enumerate(grads) if G.shape == shape]
-        size = max(1, MOST_NUMBERS // shape.numel()) if basis in BATCHED else 1
-        for chunk in (mine[i : i + size] for i in range(0, len(mine), size)):
-            if len(chunk) == 1:
-                found[chunk[0]] = projectors(grads[chunk[0]], rank, side=side, basis=basis, old=states[chunk[0]])
-                continue
-            keys = [key for key in ("left", "right") if all(key in states[i] for i in chunk)]
-            old = {key: torch.stack([states[i][key] for i in chunk]) for key in keys}
-            together = projectors(torch.stack([grads[i] for i in chunk]), rank, side=side, basis=basis, old=old)
-            for key, bases in together.items():
-                for i, P in zip(chunk, bases):
-                    found[i][key] = P.clone()  # a view would keep all of the batch alive
-    return found
-
-
 def project(
     G: Tensor, *, left: Float[Tensor, "m r"] | None = None, right: Float[Tensor, "n r"] | None = None
 ) -> Tensor:
@@ -106,24 +83,6 @@ def project_back(
     """Return PN, NQᵀ or PNQᵀ, shape (m, n): the direction in the space of the weight."""
     D = N if left is None else left @ N
     return D if right is None else D @ right.T
-
-
-def add_back(
-    W: Tensor,
-    N: Tensor,
-    factor: float,
-    *,
-    keep: float = 1.0,
-    left: Float[Tensor, "m r"] | None = None,
-    right: Float[Tensor, "n r"] | None = None,
-) -> None:
-    """Set W to keep · (W + factor · `project_back` (N)) in place, without forming the (m, n) direction beside W."""
-    if right is not None:
-        W.addmm_(N if left is None else left @ N, right.T, alpha=keep * factor, beta=keep)
-    elif left is not None:
-        W.addmm_(left, N, alpha=keep * factor, beta=keep)
-    else:
-        W.mul_(keep).add_(N, alpha=keep * factor)
 
 
 def adam_directions(
@@ -145,26 +104,6 @@ def adam_directions(
     N = torch._foreach_div(M, root)
     torch._foreach_mul_(N, [math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t) for t in steps])
     return list(N)
-
-
-def add_adam(
-    W: list[Tensor],
-    R: list[Tensor],
-    M: list[Tensor],
-    V: list[Tensor],
-    step: int,
-    factor: float,
-    *,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
-    """Update the moments and add factor · `adam_directions` to W, all in place, in one pass over the memory.
-
-    It is PyTorch's fused Adam, which adds its ε after bias correction: hence ε/√(1 - β₂ᵗ). Computes in float32 or wider.
-    """
-    eps, steps = eps / math.sqrt(1 - betas[1] ** step), [torch.tensor(float(step), device=W[0].device)] * len(W)
-    options = {"beta1": betas[0], "beta2": betas[1], "weight_decay": 0.0, "amsgrad": False, "maximize": False}
-    torch._fused_adam_(W, R, M, V, [], steps, lr=-factor, eps=eps, **options)
 
 
 class GaLore(ProjectedOptimizer):
@@ -211,14 +150,6 @@ class GaLore(ProjectedOptimizer):
         """Let a copy keep the basis: PyTorch would carry over only its own three attributes."""
         return {**super().__getstate__(), "basis": self.basis}
 
-    def due(self, p: Tensor, step: int, group: dict[str, Any]) -> bool:
-        """Tell whether a parameter changes its basis in this step, which counts from 1."""
-        later = 0
-        if group["spread"]:
-            place = next(i for i, other in enumerate(group["params"]) if other is p)
-            later = place * group["gap"] // len(group["params"])
-        return step == 1 or (step - 1 - later) % group["gap"] == 0
-
     def update(self, ps: list[Tensor], group: dict[str, Any]) -> None:
         """Take one step of each parameter from its gradient."""
         states, grads = [self.state[p] for p in ps], [p.grad for p in ps if p.grad is not None]
@@ -227,14 +158,19 @@ class GaLore(ProjectedOptimizer):
         if group["rank"] is not None:
             due = [i for i, p in enumerate(ps) if self.due(p, states[i]["step"], group)]
             asked = ([grads[i] for i in due], [states[i] for i in due], group["rank"])
-            for i, found in zip(due, new_projectors(*asked, side=group["side"], basis=self.basis)):
+            for i, found in zip(due, in_batches(projectors, *asked, side=group["side"], basis=self.basis)):
                 states[i].update(found)
         bases = [{key: state[key] for key in ("left", "right") if key in state} for state in states]
-        R = [project(G, **basis) for G, basis in zip(grads, bases)]
         factor = -group["lr"] * (group["scale"] if group["rank"] is not None else 1.0)
         keep = 1 - group["lr"] * group["weight_decay"]
-        for p, N, basis in zip(ps, self.directions(R, states, group), bases):
-            add_back(p, N, factor, keep=keep, **basis)
+        rest = self.quick_steps(ps, states, bases, group, factor, keep)
+        R = [project(grads[i], **bases[i]) for i in rest]
+        for i, N in zip(rest, self.directions(R, [states[i] for i in rest], group)):
+            add_back(ps[i], N, factor, keep=keep, **bases[i])
+
+    def quick_steps(self, ps: list[Tensor], *more: Any) -> list[int]:
+        """Take the steps that a faster equal form exists for, and return the numbers of the others: here all."""
+        return list(range(len(ps)))
 
     def directions(self, R: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Iterable[Tensor]:
         """Return the steps for (projected) gradients R, of their shapes, and update their states."""
@@ -276,16 +212,20 @@ class GaLoreAdamW(GaLore):
         check_number("eps", group["eps"], low=0)
 
     def directions(self, R: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Iterable[Tensor]:
-        """Return Adam's directions; on a GPU those of equal dtype and step in one pass."""
+        """Return Adam's directions; on a GPU in one pass, where all are of one dtype and step."""
         for r, state in zip(R, states):
             if "M" not in state:
                 state["M"], state["V"] = torch.zeros_like(r), torch.zeros_like(r)
         M, V, steps = ([state[key] for state in states] for key in ("M", "V", "step"))
-        if len({(r.is_cuda, r.dtype, step) for r, step in zip(R, steps)}) > 1 or not R[0].is_cuda:
+        if not R or not R[0].is_cuda or len({(r.device, r.dtype, step) for r, step in zip(R, steps)}) > 1:
             return adam_directions(R, M, V, steps, betas=group["betas"], eps=group["eps"])
         N = [torch.zeros_like(r) for r in R]
-        add_adam(N, R, M, V, steps[0], 1.0, betas=group["betas"], eps=group["eps"])
+        add_adam(N, R, M, V, steps[0], 1.0, group)
         return N
+
+    def quick_steps(self, ps: list[Tensor], *more: Any) -> list[int]:
+        """Use the Triton kernels where they apply."""
+        return kernel_steps(ps, *more)
 
 
 class GaLoreSGD(GaLore):
