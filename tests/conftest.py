@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported: without a GPU they run as plain Python
 sys.path.insert(0, str(Path(__file__).parent))  # for `import battery`, also in processes that a test spawns
 
 import jaxtyping

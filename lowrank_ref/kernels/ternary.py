@@ -82,19 +82,37 @@ def _add_product(acc, w, part):
 
 @triton.jit
 def _finish(
-    acc, x_sum, beta, beta_stride, scale, B, t, y, i, r, rows, m, stride_y, RANK: tl.constexpr, WIDE: tl.constexpr
+    acc,
+    x_sum,
+    beta,
+    scale,
+    B,
+    t,
+    y,
+    i,
+    r,
+    rows,
+    m,
+    stride_y,
+    RANK: tl.constexpr,
+    WIDE: tl.constexpr,
+    PER_ROW: tl.constexpr,
 ):
     """Scale the sums, add tBᵀ and store: y[r, i] for the rows r of x and the rows i of weights."""
     inside = (i[:, None] < m) & (r[None, :] < rows)
-    b = tl.load(beta + i * beta_stride, mask=i < m, other=0.0)[:, None]
+    b = tl.load(beta + i * PER_ROW, mask=i < m, other=0.0)[:, None]
     if WIDE:  # int8: the codes were w + 1, so the sum of x is in the way; it is int32 and exact
         acc = acc - tl.load(x_sum + r, mask=r < rows, other=0)[None, :]
-        b = tl.div_rn(b + tl.zeros_like(acc).to(tl.float32), tl.load(scale + r, mask=r < rows, other=1.0)[None, :])
+        s = tl.load(scale + r, mask=r < rows, other=1.0)[None, :]
+        if PER_ROW:
+            b = tl.div_rn(tl.broadcast_to(b, acc.shape), tl.broadcast_to(s, acc.shape))
+        else:
+            b = tl.div_rn(tl.load(beta) + tl.zeros_like(s), s)
     out = acc.to(tl.float32) * b
     if RANK:
         k = tl.arange(0, RANK)
-        left = tl.load(B + i[:, None] * RANK + k[None, :], mask=i[:, None] < m, other=0.0)
-        right = tl.load(t + r[None, :] * RANK + k[:, None], mask=r[None, :] < rows, other=0.0)
+        left = tl.load(B + i[:, None] * RANK + k[None, :], mask=i[:, None] < m, other=0.0).to(tl.float32)
+        right = tl.load(t + r[None, :] * RANK + k[:, None], mask=r[None, :] < rows, other=0.0).to(tl.float32)
         out += tl.dot(left, right, input_precision="ieee")
     at = y + r[None, :].to(tl.int64) * stride_y + i[:, None]
     tl.store(at, out.to(y.dtype.element_ty), mask=inside)
@@ -102,9 +120,9 @@ def _finish(
 
 @triton.jit(do_not_specialize=["rows"])
 def _decode(
-    x, packed, beta, scale, x_sum, B, t, y, rows, m, n, planes, stride_x, stride_p, stride_y, beta_stride,
+    x, packed, beta, scale, x_sum, B, t, y, rows, m, n, planes, stride_x, stride_p, stride_y,
     ROWS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
-    RANK: tl.constexpr, WIDE: tl.constexpr,
+    RANK: tl.constexpr, WIDE: tl.constexpr, PER_ROW: tl.constexpr,
 ):  # fmt: skip
     """A block computes y[:, i] for BM rows i of weights; slice s of the accumulator takes every SPLIT-th piece."""
     i = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -128,13 +146,14 @@ def _decode(
             acc = _add_product(acc, w, part)
             w = _next_plane(w)
     total = tl.sum(acc, axis=0)
-    _finish(total, x_sum, beta, beta_stride, scale, B, t, y, i, r, rows, m, stride_y, RANK, WIDE)
+    _finish(total, x_sum, beta, scale, B, t, y, i, r, rows, m, stride_y, RANK, WIDE, PER_ROW)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _prefill(
-    x, packed, beta, scale, x_sum, B, t, y, rows, m, n, planes, stride_x, stride_p, stride_y, beta_stride,
-    ROWS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr,
+    x, packed, beta, scale, x_sum, B, t, y, rows, m, n, planes, stride_x, stride_p, stride_y,
+    ROWS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    RANK: tl.constexpr, WIDE: tl.constexpr, PER_ROW: tl.constexpr,
 ):  # fmt: skip
     """A block computes a (ROWS, BM) tile of y."""
     i = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -158,7 +177,7 @@ def _prefill(
                 part = tl.load(token + c[:, None], mask=mask, other=0)
             acc = _add_product(acc, w, part)
             w = _next_plane(w)
-    _finish(acc, x_sum, beta, beta_stride, scale, B, t, y, i, r, rows, m, stride_y, RANK, WIDE)
+    _finish(acc, x_sum, beta, scale, B, t, y, i, r, rows, m, stride_y, RANK, WIDE, PER_ROW)
 
 
 @triton.jit
@@ -170,7 +189,7 @@ def _quantise(x, codes, scale, x_sum, n, stride_x, eps, BLOCK: tl.constexpr):
     peak = tl.zeros([BLOCK], dtype=tl.float32)
     for start in range(0, n, BLOCK):
         peak = tl.maximum(peak, tl.abs(tl.load(row + start + k, mask=start + k < n, other=0.0).to(tl.float32)))
-    s = tl.div_rn(127.0, tl.maximum(tl.max(peak, axis=0), eps))
+    s = 127.0 * tl.div_rn(1.0, tl.maximum(tl.max(peak, axis=0), eps))  # how PyTorch divides a number by a tensor
     total = tl.zeros([BLOCK], dtype=tl.int32)
     for start in range(0, n, BLOCK):
         v = tl.load(row + start + k, mask=start + k < n, other=0.0).to(tl.float32) * s
@@ -221,7 +240,7 @@ def unpacked(packed: Tensor, n: int, beta: Tensor, dtype: torch.dtype) -> Tensor
     m, planes = packed.shape
     W = torch.empty(m, n, dtype=dtype, device=packed.device)
     grid = (triton.cdiv(m, 16), triton.cdiv(planes, 256))
-    _unpack[grid](packed, beta, W, m, n, planes, packed.stride(0), beta.numel() > 1, BM=16, BK=256)
+    _unpack[grid](packed, beta, W, m, n, planes, packed.stride(0), int(beta.numel() > 1), BM=16, BK=256)
     return W
 
 
@@ -244,7 +263,7 @@ def ternary_matmul(
         packed: (m, ⌈n/4⌉) bytes of `lowbit.ternary.pack`.
         beta: β, one float32 number, or one for each of the m rows.
         scale: s (rows,) of int8 codes; x_sum: their sums (rows,).
-        B, t: (m, r) and (rows, r) of one dtype, 16 or 32 bits, added as t Bᵀ; t carries the gate.
+        B, t: (m, r) and (rows, r), floating point, added as t Bᵀ in float32; t carries the gate.
         dtype: of the result; x's, or float32 for int8 codes, unless given.
         config: block sizes instead of the tuned ones.
 
@@ -259,10 +278,10 @@ def ternary_matmul(
         return x @ unpacked(packed, n, beta, x.dtype).T
     y = torch.empty(rows, m, dtype=dtype, device=x.device)
     rank = 0
-    if B is not None and t is not None:
+    if B is not None and t is not None and B.shape[1]:
         rank = max(16, triton.next_power_of_2(B.shape[1]))
         B, t = (torch.nn.functional.pad(f, (0, rank - f.shape[1])).contiguous() for f in (B, t))
-    config = dict(config or tuned(rows, m, planes, x.dtype == torch.int8))
+    config = dict(config or tuned(rows, m, x.dtype == torch.int8))
     tile, block, split = config["BM"], config["BK"], config.get("SPLIT", 1)
     even = m % tile == 0 and planes % (block * split) == 0 and n == 4 * planes
     grid: tuple[int, ...] = (triton.cdiv(m, tile),)
@@ -274,17 +293,26 @@ def ternary_matmul(
         config = {key: value for key, value in config.items() if key.isupper()}
     kernel[grid](
         *(x, packed, beta, scale, x_sum, B, t, y, rows, m, n, planes),
-        *(x.stride(0), packed.stride(0), y.stride(0), int(beta.numel() > 1)),
-        **config, EVEN=even, RANK=rank, WIDE=x.dtype == torch.int8,
+        *(x.stride(0), packed.stride(0), y.stride(0)),
+        **config, EVEN=even, RANK=rank, WIDE=x.dtype == torch.int8, PER_ROW=int(beta.numel() > 1),
     )  # fmt: skip
     return y
 
 
-def tuned(rows: int, m: int, planes: int, int8: bool) -> dict[str, int]:
-    """Return block sizes that were fastest on an H100 for such a shape."""
+def tuned(rows: int, m: int, int8: bool) -> dict[str, int]:
+    """Return the block sizes that were fastest, or next to it, on an H100 for such a shape."""
     if rows <= 16:
-        return {"ROWS": 8 if rows <= 8 else 16, "BM": 16, "BK": 64, "SPLIT": 4, "num_warps": 4, "num_stages": 3}
-    return {"ROWS": 64, "BM": 64, "BK": 64, "num_warps": 4, "num_stages": 3}
+        sizes = {"ROWS": 8 if rows <= 8 else 16, "SPLIT": 2, "num_warps": 2, "num_stages": 3}
+        if int8:
+            return {**sizes, "BM": 16 if m < 12288 or rows == 1 else 32, "BK": 128}
+        return {**sizes, "BM": 16, "BK": 64} if m < 8192 else {**sizes, "BM": 32, "BK": 128 if rows <= 8 else 64}
+    if rows <= 128:
+        return {"ROWS": 64, "BM": 64, "BK": 64, "num_warps": 4, "num_stages": 4 if int8 else 3}
+    if not int8:
+        return {"ROWS": 128, "BM": 128, "BK": 32, "num_warps": 8, "num_stages": 3}
+    if m * rows < 132 * 128 * 128:  # too few large tiles for all multiprocessors
+        return {"ROWS": 64, "BM": 128, "BK": 64, "num_warps": 8, "num_stages": 4}
+    return {"ROWS": 128, "BM": 128, "BK": 64, "num_warps": 4, "num_stages": 3}
 
 
 def _rows_contiguous(name: str, x: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from lowrank_ref.core.checks import check_integer, check_number, check_rank
 from lowrank_ref.core.layers import weight_of
 from lowrank_ref.core.registry import PaperInfo
+from lowrank_ref.lowbit import fast
 from lowrank_ref.lowbit.ternary import BitLinear, PackedLinear, packed_bytes
 
 
@@ -101,8 +102,7 @@ def memory_overhead(corrected: Sequence[tuple[int, int]], ternary: Sequence[tupl
 class HGFLinear(nn.Module):
     """A ternary layer plus a gated low-rank path: y = x̃ W̃ᵀ + g·B(A x̄), where x̄ is the layer's normalised input.
 
-    The gate is g = open·tanh θ + held. `open` and `held` are buffers that `GateSchedule` sets; from the start the gate
-    is open.
+    The gate is g = open·tanh θ + held. The buffers `open` and `held` are set by `GateSchedule`; at first it is open.
 
     Args:
         base: `nn.Linear` or GPT-2's `Conv1D`, copied.
@@ -148,7 +148,11 @@ class HGFLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return ternary(x) + g·B(A x̄), shape (..., m), in x's dtype."""
         inner = self.ternary.normalised(x)
-        y = self.ternary.product(inner) + gated_correction(inner, self.A, self.B, self.gate())
+        if isinstance(self.ternary, PackedLinear) and fast.takes(inner) and not torch.is_grad_enabled():
+            t = self.gate() * F.linear(inner, self.A.to(inner.dtype))
+            y = fast.corrected_linear(inner, self.ternary.codes, self.ternary.beta, self.B, t)
+        else:
+            y = self.ternary.product(inner) + gated_correction(inner, self.A, self.B, self.gate())
         return (y if self.ternary.bias is None else y + self.ternary.bias).to(x.dtype)
 
     @torch.no_grad()

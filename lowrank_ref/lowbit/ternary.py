@@ -9,17 +9,20 @@ per-token scale of the 2B4T report (2504.12285). A weight keeps a full-precision
 | s = 127/max abs x per token, round(s·x)   | `absmax_scale`, `int8_codes`                     |
 | straight-through estimator                | `straight_through`                               |
 | y = (x_q Tᵀ)·β/s                          | `ternary_linear` to train, `packed_linear` after |
+| y = (x Tᵀ)·β, activations in 16 bits      | `packed_matmul`                                  |
 | BitLinear with sub-norm                   | `BitLinear`, frozen and packed: `PackedLinear`   |
 
-**Layout of packed weights.** `pack` turns codes T (m, n) into bytes (m, ⌈n/4⌉). Byte j of a row holds its neighbours
-T[4j], ..., T[4j+3], the first in the lowest two bits; a weight w is stored as w + 1, so that 0, 1, 2 mean -1, 0, 1,
-and 3 is an error. A row that does not end on a multiple of 4 is filled up with zero weights (code 1). Beside the bytes
-stands one scale β for the matrix: W̃ = βT.
+**Layout of packed weights.** `pack` turns codes T (m, n) into bytes (m, P), P = ⌈n/4⌉. A row is cut into four planes of
+P columns; byte j holds the j-th code of each, T[j], T[P+j], T[2P+j], T[3P+j], the first in the lowest two bits. A
+weight w is stored as w + 1, so that 0, 1, 2 mean -1, 0, 1, and 3 is an error. A row too short for its four planes is
+filled up with zero weights (code 1). The bytes j, j+1, ... of one load meet pieces of x that lie side by side: the
+layout that the GPU kernel in `kernels/ternary.py` wants. Beside the bytes stands one scale β: W̃ = βT.
 
 Deviations. Both products multiply whole numbers and scale afterwards; their sums stay below 2²⁴, so float32 holds them
 exactly and packed inference gives the same bits as training. Under bfloat16 autocast the whole numbers are still
 exact, only the sum is rounded; with float16 it can overflow. β and s are float32 or wider always. The official GPU code
-has another layout, made for its thread order; transformers packs along the rows and may store 1/β.
+has another layout, made for its thread order; transformers packs along the rows and may store 1/β. On a GPU the product
+of `PackedLinear` is the kernel's (`fast.py`), with the same bits.
 
 Cost: m⌈n/4⌉ + 4 bytes a matrix instead of 2mn in bfloat16. Training saves nothing: latent weight and Adam's state stay.
 """
@@ -35,6 +38,7 @@ from torch.nn import functional as F
 from lowrank_ref.core.checks import check_matrix
 from lowrank_ref.core.io import load_tensors, mismatches, refuse
 from lowrank_ref.core.layers import Model, replace_modules, weight_of
+from lowrank_ref.lowbit import fast
 
 EPS = 1e-5
 
@@ -89,22 +93,22 @@ def pack(T: Shaped[Tensor, "m n"]) -> UInt8[Tensor, "m bytes"]:
         ValueError: no matrix, or an entry that is not -1, 0 or 1.
 
     Example:
-        >>> pack(torch.tensor([[-1, 0, 1, 1, 0]])).tolist()  # 0b10100100 and, filled up, 0b01010101
-        [[164, 85]]
+        >>> pack(torch.tensor([[-1, 0, 1, 1, 0]])).tolist()  # planes (-1, 0), (1, 1), (0, 0 filled up), (0, 0)
+        [[88, 89]]
     """
     if T.ndim != 2 or 0 in T.shape:
         raise ValueError(f"T: got shape {tuple(T.shape)}, wanted a matrix (m, n) with m, n >= 1")
     bad = int(((T != -1) & (T != 0) & (T != 1)).sum())
     if bad:
         raise ValueError(f"T: got {bad} entries of {T.numel()} outside {{-1, 0, 1}}, wanted none")
-    codes = F.pad(T.to(torch.int8), (0, -T.shape[1] % 4)).add(1).to(torch.uint8).unflatten(1, (-1, 4))
-    return codes[..., 0] | codes[..., 1] << 2 | codes[..., 2] << 4 | codes[..., 3] << 6
+    codes = F.pad(T.to(torch.int8), (0, -T.shape[1] % 4)).add(1).to(torch.uint8).unflatten(1, (4, -1))
+    return codes[:, 0] | codes[:, 1] << 2 | codes[:, 2] << 4 | codes[:, 3] << 6
 
 
 def unpack(packed: UInt8[Tensor, "m bytes"], n: int) -> Int8[Tensor, "m n"]:
     """Return the codes that `pack` stored, the first n of every row."""
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-1) >> shifts) & 3).flatten(1)[:, :n].to(torch.int8) - 1
+    return ((packed.unsqueeze(1) >> shifts[:, None]) & 3).flatten(1)[:, :n].to(torch.int8) - 1
 
 
 def packed_bytes(m: int, n: int) -> int:
@@ -123,6 +127,13 @@ def packed_linear(
     with torch.autocast(x.device.type, enabled=False):
         y = F.linear(int8_codes(x, s), unpack(packed, x.shape[-1]).to(x.dtype))
     return y * (beta / s).to(x.dtype)
+
+
+def packed_matmul(
+    x: Float[Tensor, "*batch n"], packed: UInt8[Tensor, "m bytes"], beta: Float[Tensor, ""]
+) -> Float[Tensor, "*batch m"]:
+    """Return (x Tᵀ)·β from packed weights and activations as they are, not quantised: two bits for the weights only."""
+    return F.linear(x, unpack(packed, x.shape[-1]).to(x.dtype)) * beta.to(x.dtype)
 
 
 class Ternary(nn.Module):
@@ -205,8 +216,10 @@ class PackedLinear(Ternary):
         self.requires_grad_(False).train(layer.training)
 
     def product(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
-        """Return x̃ W̃ᵀ from the packed weights."""
-        return packed_linear(x, self.codes, self.beta)
+        """Return x̃ W̃ᵀ from the packed weights, on a GPU by the kernel."""
+        return (
+            fast.packed_linear(x, self.codes, self.beta) if fast.takes(x) else packed_linear(x, self.codes, self.beta)
+        )
 
     def dense_weight(self) -> Float[Tensor, "m n"]:
         """Return W̃ = βT."""

@@ -58,7 +58,7 @@ def add_back(
     left: Tensor | None = None,
     right: Tensor | None = None,
 ) -> None:
-    """Set W to keep · (W + factor · `galore.project_back` (N)) in place, without forming the (m, n) direction beside W."""
+    """Set W to keep · (W + factor · `galore.project_back` (N)) in place, without the (m, n) direction beside W."""
     if right is not None:
         W.addmm_(N if left is None else left @ N, right.T, alpha=keep * factor, beta=keep)
     elif left is not None:

@@ -10,9 +10,11 @@ from lowrank_ref.core.linalg import (
     effective_rank,
     fixed_signs,
     gram_basis,
+    orthonormal,
     power_basis,
     randomized_svd,
     stable_rank,
+    subspace_basis,
     svd,
     svd_basis,
 )
@@ -178,3 +180,27 @@ def test_bad_options_raise():
         effective_rank(torch.tensor([1.0, -1.0]))
     with pytest.raises(ValueError, match="G: got"):
         captured_energy(torch.full((2, 2), torch.nan), torch.eye(2))
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (30, 30), (3, 20, 9)])
+def test_subspace_basis_is_orthonormal_and_nears_the_exact_energy(shape):
+    G = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for matrix, P in zip(G.reshape(-1, *shape[-2:]), subspace_basis(G, 5, iterations=30).reshape(-1, shape[-2], 5)):
+        torch.testing.assert_close(P.T @ P, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-12)
+        assert captured_energy(matrix, P) >= (1 - 1e-3) * captured_energy(matrix, svd_basis(matrix, 5))
+
+
+def test_subspace_basis_sharpens_starts_warm_and_needs_no_luck():
+    G = torch.randn(60, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    energies = [captured_energy(G, subspace_basis(G, 6, iterations=i)) for i in (1, 2, 4, 8)]
+    assert energies == sorted(energies) and energies[-1] > energies[0] + 0.02
+    assert torch.equal(subspace_basis(G, 6), subspace_basis(G, 6))
+    warm = subspace_basis(G, 6, start=svd_basis(G, 6), iterations=1)
+    assert captured_energy(G, warm) >= captured_energy(G, svd_basis(G, 6)) - 1e-12
+
+
+@pytest.mark.parametrize("Y", [torch.zeros(6, 3), torch.ones(6, 3), torch.randn(2, 6, 3)])
+def test_orthonormal_columns_span_the_same_space_even_of_dependent_ones(Y):
+    Q = orthonormal(Y)
+    torch.testing.assert_close(Q.mT @ Q, torch.eye(3).expand(*Y.shape[:-2], 3, 3), rtol=0, atol=1e-6)
+    torch.testing.assert_close(Q @ (Q.mT @ Y), Y, rtol=0, atol=1e-5)

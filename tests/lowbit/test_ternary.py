@@ -170,17 +170,22 @@ def test_packing_by_a_loop_and_back(m, n, seed):
     assert packed.numel() == t.packed_bytes(m, n)
     for i in range(m):
         for j in range(packed.shape[1]):
-            four = [int(T[i, c]) if c < n else 0 for c in range(4 * j, 4 * j + 4)]
+            planes = [j + k * packed.shape[1] for k in range(4)]
+            four = [int(T[i, c]) if c < n else 0 for c in planes]
             assert packed[i, j] == sum((w + 1) * 4**k for k, w in enumerate(four))
     assert torch.equal(unpack(packed, n), T)
     assert torch.equal(pack(T.double()), packed)
 
 
-def test_packing_is_that_of_transformers_up_to_order():
+def test_packing_is_that_of_transformers_transposed():
     bitnet = pytest.importorskip("transformers.integrations.bitnet")
     T = codes(5, 12)
-    theirs = bitnet.pack_weights(T.T.reshape(3, 4, 5).transpose(0, 1).reshape(12, 5).clone())
-    assert torch.equal(theirs.T, pack(T))
+    assert torch.equal(bitnet.pack_weights(T.T.clone()).T, pack(T))
+
+
+def test_a_product_with_packed_weights_and_whole_activations():
+    T, x, beta = codes(7, 10), randn(3, 10), torch.tensor(0.3, dtype=torch.float64)
+    torch.testing.assert_close(t.packed_matmul(x, pack(T), beta), x @ (beta * T).T, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("bad", [2, -2, 0.5, math.nan])
