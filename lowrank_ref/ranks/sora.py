@@ -127,9 +127,9 @@ class SoRALinear(LoRALinear):
         """Return s·B·diag(g)·A."""
         return gated_delta(self.A, self.B, self.g, self.scale)
 
-    def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
-        """Return s·B(g ⊙ (A·dropout(x)))."""
-        return gated_update(self.dropout(x), self.A, self.B, self.g, self.scale)
+    def step_factors(self) -> tuple[Tensor, Tensor, float]:
+        """Return diag(g)·A, B and s: the update that `gated_update` defines, as a plain LoRA's."""
+        return self.g[:, None] * self.A, self.B, self.scale
 
     def lora_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return (A', B', s) of the gates that are not zero."""
