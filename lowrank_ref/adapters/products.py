@@ -97,10 +97,14 @@ def lora_linear(
 def row_norms(
     W: Float[Tensor, "m n"], A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], scale: float
 ) -> Float[Tensor, " m"]:
-    """Return the norms of the rows of W + s·BA in A's dtype, a block of rows at a time and without a gradient."""
-    step = max(1, BLOCK // W.shape[1])
-    parts = [(scale * B[i : i + step] @ A).add_(W[i : i + step]).norm(dim=1) for i in range(0, len(W), step)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    """Return the norms of the rows of W + s·BA, a block of rows at a time and without a gradient.
+
+    They are computed in float32 or wider and returned in A's dtype.
+    """
+    step, wide = max(1, BLOCK // W.shape[1]), torch.promote_types(A.dtype, torch.float32)
+    A_, sB = A.to(wide), scale * B.to(wide)
+    parts = [(sB[i : i + step] @ A_).add_(W[i : i + step]).norm(dim=1) for i in range(0, len(W), step)]
+    return torch.cat(parts).to(A.dtype)
 
 
 def _scaled(W: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:

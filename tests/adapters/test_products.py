@@ -141,6 +141,9 @@ def test_row_norms_do_not_depend_on_the_blocks(monkeypatch):
         monkeypatch.setattr(products, "BLOCK", block)
         assert_close(row_norms(W, A, B, 0.7), wanted)
     assert torch.equal(row_norms(W, A, 0 * B, 0.7), W.norm(dim=1))
+    half = [t.bfloat16() for t in (W, A, B)]
+    exact = (half[0].double() + 0.7 * half[2].double() @ half[1].double()).norm(dim=1)
+    assert torch.equal(row_norms(*half, 0.7), exact.bfloat16())
     nearly = row_norms(W, W[:1], torch.tensor([[-1 + 1e-9]] * 7, dtype=torch.float64), 1.0)
     assert nearly[0].item() == pytest.approx(1e-9 * W[0].norm().item(), rel=1e-5)  # a row that the update takes away
 
