@@ -152,7 +152,7 @@ class LoRALinear(AdaptedLinear):
 
     def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return s·B(A·dropout(x))."""
-        return lora_update(self.dropout(x), *self.step_factors())
+        return lora_update(self.dropout(x), self.A, self.B, self.scale)
 
     def step_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return (A, B, s) with ΔW = s·BA, through which gradients reach every trained number."""

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_ref.adapters.lora import LoRALinear, delta_weight
+from lowrank_ref.adapters.lora import LoRALinear, delta_weight, lora_update
 from lowrank_ref.adapters.products import dora_linear, is_plain, row_norms
 from lowrank_ref.core.layers import AdaptedLinear, weight_of
 from lowrank_ref.core.linalg import svd
@@ -105,6 +105,10 @@ class PiSSALinear(LoRALinear):
     def delta_weight(self) -> Float[Tensor, "m n"]:
         """Return s·(BA - B₀A₀)."""
         return delta_weight(*self.lora_factors())
+
+    def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        """Return s·(BA - B₀A₀)·dropout(x)."""
+        return lora_update(self.dropout(x), *self.lora_factors())
 
     def lora_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return ([A; -A₀], [B, B₀], s): the exact LoRA of rank 2r on the original W."""

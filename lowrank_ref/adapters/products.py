@@ -159,29 +159,6 @@ def dora_linear(
     return cast(Tensor, _DoRALinear.apply(x, W, bias, A.to(dtype), B.to(dtype), gain, scale))
 
 
-class _MixedRows(torch.autograd.Function):
-    """ΛⱼAΓⱼ with a backward that keeps A, Λ and Γ only: not one (r, d) product per block."""
-
-    @staticmethod
-    def forward(ctx: Any, A: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
-        ctx.save_for_backward(A, lam, gamma)
-        return lam[:, :, None] * A * gamma[:, None, :]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, G: Tensor) -> tuple[None, Tensor, Tensor]:
-        A, lam, gamma = ctx.saved_tensors
-        GA = G * A
-        return None, torch.einsum("jki,ji->jk", GA, gamma), torch.einsum("jki,jk->ji", GA, lam)
-
-
-def mixed_rows(
-    A: Float[Tensor, "r d"], lam: Float[Tensor, "blocks r"], gamma: Float[Tensor, "blocks d"]
-) -> Float[Tensor, "rows d"]:
-    """Return ΛⱼAΓⱼ of all blocks, one below the other, (blocks·r, d). A gets no gradient."""
-    return _MixedRows.apply(A, lam, gamma).flatten(0, 1)
-
-
 def through_delta(tokens: int, D: int, d: int, rows: int) -> bool:
     """Tell whether a step that makes ΔW (`products.randlora_linear`) takes fewer FLOPs than one through the factors."""
     return 6 * tokens * D * d + 4 * rows * D * d < 4 * tokens * rows * (D + d) + 2 * tokens * rows * d

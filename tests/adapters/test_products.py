@@ -18,12 +18,12 @@ from lowrank_ref.adapters.products import (
     dora_linear,
     is_plain,
     lora_linear,
-    mixed_rows,
     randlora_linear,
     row_norms,
     through_delta,
 )
 from lowrank_ref.adapters.randlora import delta_weight as randlora_delta
+from lowrank_ref.adapters.randlora import mixed_rows
 from lowrank_ref.adapters.randlora_bases import stacked
 from lowrank_ref.core.layers import AdaptedLinear
 from lowrank_ref.ranks import SoRALinear
