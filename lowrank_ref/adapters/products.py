@@ -13,7 +13,7 @@ Here the update is added into the base product by the same kernel that computes 
 
 Products are computed in the dtype of autocast where it is on, else in that of x, which is the weight's; matrix
 products add up in float32. A double backward raises a RuntimeError, and so do the transforms of `torch.func`: for
-those, call the definition.
+those, call the definition. Compiled, DoRA keeps one (m, n) matrix more: the compiler sees that backward needs it too.
 """
 
 from typing import Any, cast
