@@ -15,13 +15,16 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lowrank_ref.adapters import DoRALinear, LoRALinear, RandLoRALinear
+from lowrank_ref.adapters import DoRALinear, LoRALinear, PiSSALinear, RandLoRALinear
+from lowrank_ref.analysis import MPSLinear
+from lowrank_ref.compression import MaestroLinear
 from lowrank_ref.core.layers import replace_linears
 from lowrank_ref.lowbit import BitLinear, HGFLinear
 from lowrank_ref.lowbit.ternary import absmean
 from lowrank_ref.optimizers import GaLoreAdamW
 from lowrank_ref.optimizers.sharded import is_sharded, shard_like, whole, whole_matrices
 from lowrank_ref.pretraining import SLTrainLinear
+from lowrank_ref.ranks import SoRALinear
 
 pytestmark = pytest.mark.slow
 
@@ -61,6 +64,10 @@ def galore(model):
 CASES = {
     "LoRA": (lambda: with_layer(partial(LoRALinear, rank=4, generator=seeded(1))), adam),
     "DoRA": (lambda: with_layer(partial(DoRALinear, rank=4, generator=seeded(1))), adam),
+    "PiSSA": (lambda: with_layer(partial(PiSSALinear, rank=4)), adam),
+    "SoRA": (lambda: with_layer(partial(SoRALinear, rank=4, generator=seeded(1))), adam),
+    "MPS": (lambda: with_layer(partial(MPSLinear, generator=seeded(1))), adam),
+    "Maestro": (lambda: with_layer(MaestroLinear.from_linear), adam),
     "RandLoRA": (lambda: with_layer(partial(RandLoRALinear, rank=4, generator=seeded(1))), adam),
     "RandLoRA, fused": (lambda: with_layer(partial(RandLoRALinear, rank=4, fused=True, generator=seeded(1))), adam),
     "SLTrain": (
@@ -147,6 +154,9 @@ def work(rank, world, folder):
         dcp.load(state, checkpoint_id=f"{folder}/{name}")
         set_model_state_dict(again, state["model"])
         results[f"{name}, loaded"] = gathered(again)
+        state = {"model": make().state_dict()}  # of a model that is not sharded
+        dcp.load(state, checkpoint_id=f"{folder}/{name}")
+        results[f"{name}, loaded whole"] = state["model"]
         results[f"{name}, sharded"] = all(isinstance(p, DTensor) for p in model.parameters())
     parts_of_tensors(mesh)
     optimizer_resumes(folder, mesh, rank)
@@ -180,6 +190,7 @@ def test_three_sharded_steps_equal_those_of_one_process(name, sharded):
 def test_a_sharded_save_loads(name, sharded):
     for key, value in sharded[name].items():
         assert torch.equal(sharded[f"{name}, loaded"][key], value)
+        assert torch.equal(sharded[f"{name}, loaded whole"][key], value)
 
 
 def test_the_scale_of_a_ternary_weight_is_that_of_the_whole(sharded):

@@ -95,8 +95,9 @@ class PiSSALinear(LoRALinear):
         self.register_buffer("B0", self.B.detach().clone())
 
     def initial_factors(self, W: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return the principal factors of W."""
-        return pissa_factors(W, self.rank, self.scale)
+        """Return the principal factors of W, with the strides that FSDP2 wants."""
+        A, B = pissa_factors(W, self.rank, self.scale)
+        return A.contiguous(), B.contiguous()
 
     def step_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return the factors of s·(BA - B₀A₀)."""
