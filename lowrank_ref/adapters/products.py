@@ -39,7 +39,8 @@ def computing_dtype(x: Tensor) -> torch.dtype:
 
 def is_plain(base: nn.Module, x: Tensor) -> bool:
     """Tell whether base(x) is x Wᵀ + b and nothing else: no subclass of `nn.Linear`, no hooks, dtypes that fit."""
-    if base._forward_hooks or base._forward_pre_hooks or not (type(base) is nn.Linear or is_conv1d(base)):
+    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    if hooked or not (type(base) is nn.Linear or is_conv1d(base)):
         return False
     return x.dtype == cast(Tensor, base.weight).dtype or computing_dtype(x) != x.dtype
 

@@ -309,7 +309,10 @@ def test_a_base_that_does_more_than_multiply_is_called(make):
     handle.remove()
     layer.base.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     layer(x)
-    assert seen == [(4, 3), (4, 3)]
+    layer = make(nn.Linear(3, 3, dtype=torch.float64), 2, generator=seeded())
+    layer.base.register_full_backward_hook(lambda module, into, out: seen.append(out[0].shape))
+    layer(x.requires_grad_()).sum().backward()
+    assert seen == [(4, 3)] * 3
 
 
 def test_is_plain():
@@ -370,3 +373,17 @@ def test_a_trained_base_trains_beside_its_adapter():
     AdaptedLinear.forward(other, gaussian(5, 4)).pow(3).sum().backward()
     for got, wanted in zip(layer.parameters(), other.parameters()):
         assert_close(got.grad, wanted.grad, 1e-9)
+
+
+@pytest.mark.parametrize("make", [LoRALinear, DoRALinear, RandLoRALinear])
+def test_checkpointing_and_inference_mode(make):
+    layer, x = make(nn.Linear(6, 5, dtype=torch.float64), 2, generator=seeded()), gaussian(80, 6).requires_grad_()
+    for p in layer.adapter_parameters().values():
+        nn.init.normal_(p, generator=seeded(1))
+    inputs = [x, *layer.adapter_parameters().values()]
+    y = layer(x)
+    again = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    for got, wanted in zip(*(torch.autograd.grad(out.pow(3).sum(), inputs) for out in (again, y))):
+        assert torch.equal(got, wanted)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), y)

@@ -34,18 +34,16 @@ def test_plain_parameters_are_lent_as_they_are():
     assert whole(p) is p and not is_sharded(p)
 
 
-class Spread:
-    """Stands for a sharded parameter; writing to it fails."""
-
-    def __init__(self):
-        self.grad = torch.ones(2, 2)
+class Spread(torch.Tensor):
+    """Stands for a sharded parameter."""
 
     def full_tensor(self):
         return torch.zeros(2, 2)
 
 
 def test_the_state_comes_back_when_a_step_fails():
-    p = Spread()
+    p = torch.ones(2, 2).as_subclass(Spread)
+    p.grad = torch.ones(2, 2)
     state = {p: {"step": 3}}
     with pytest.raises(RuntimeError, match="no step"), whole_matrices([p], state) as lent:
         assert torch.equal(lent[0].grad, torch.ones(2, 2)) and list(state) == [lent[0]]
