@@ -4,7 +4,7 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.0968
 
 | in the paper                              | here                                        |
 |-------------------------------------------|---------------------------------------------|
-| h = W₀x + ΔWx = W₀x + BAx (eq. 3)         | `lora_update`, `LoRALinear.forward`         |
+| h = W₀x + ΔWx = W₀x + BAx (eq. 3)         | `lora_update`; with the base: `lora_linear` |
 | ΔW = (α/r)·BA                             | `delta_weight`, `lora_scaling`              |
 | A random, B = 0 (section 4.1)             | `init_factors`                              |
 | α/√r (rsLoRA, 2312.03732)                 | `rslora_scaling`                            |
@@ -22,13 +22,14 @@ then none. Embeddings and convolutions are in `lora_layers.py`, the relatives Do
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowrank_ref.adapters.products import is_plain, lora_linear
 from lowrank_ref.core.checks import check_number, check_rank
 from lowrank_ref.core.layers import AdaptedLinear, adapters, weight_of
 from lowrank_ref.core.registry import PaperInfo
@@ -152,6 +153,16 @@ class LoRALinear(AdaptedLinear):
     def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return s·B(A·dropout(x))."""
         return lora_update(self.dropout(x), self.A, self.B, self.scale)
+
+    def step_factors(self) -> tuple[Tensor, Tensor, float]:
+        """Return (A, B, s) with ΔW = s·BA, through which gradients reach every trained number."""
+        return self.A, self.B, self.scale
+
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        """Return base(x) + x ΔWᵀ, shape (..., m): by `lora_linear` where base and update read the same x."""
+        if (self.training and self.dropout.p) or not is_plain(self.base, x):
+            return super().forward(x)
+        return lora_linear(x, weight_of(self.base), cast(Any, self.base.bias), *self.step_factors())
 
     def lora_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return (A, B, s) with ΔW = s·BA (before DoRA rescales): what export to PEFT's format writes."""

@@ -2,7 +2,7 @@
 
 | paper                                          | here                                             |
 |------------------------------------------------|--------------------------------------------------|
-| DoRA (2402.09353): W' = m ⊙ V/‖V‖, V = W + sBA | `dora_weight`, `DoRALinear`                      |
+| DoRA (2402.09353): W' = m ⊙ V/‖V‖, V = W + sBA | `dora_weight`, `dora_linear`, `DoRALinear`       |
 | PiSSA (2404.02948): start at the top-r SVD     | `pissa_factors`, `PiSSALinear`                   |
 
 Deviations. DoRA's norm is taken over the input dimension, one magnitude per output, as its code does. PiSSA replaces W
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_ref.adapters.lora import LoRALinear, delta_weight, lora_update
-from lowrank_ref.core.layers import weight_of
+from lowrank_ref.adapters.products import dora_linear, is_plain, row_norms
+from lowrank_ref.core.layers import AdaptedLinear, weight_of
 from lowrank_ref.core.linalg import svd
 
 
@@ -48,15 +49,15 @@ def pissa_factors(
 class DoRALinear(LoRALinear):
     """LoRA on the direction of each row of W, and a trained magnitude for its length (arXiv 2402.09353).
 
-    Same arguments as `LoRALinear`; m more trained numbers. It forms ΔW (m, n) for the norms in every step. A weight
-    with a zero row, which has no direction, raises a ValueError.
+    Same arguments as `LoRALinear`; m more trained numbers. A weight with a zero row, which has no direction, raises a
+    ValueError. A step costs what a trained layer costs: its backward needs the gradient of the whole weight.
     """
 
     adapter_names = ("A", "B", "magnitude")
 
     def __init__(self, base: nn.Module, rank: int = 8, **options: Any) -> None:
         super().__init__(base, rank, **options)
-        norms = weight_of(base).detach().to(self.A.dtype).norm(dim=1)
+        norms = row_norms(weight_of(base), self.A, self.B, self.scale)  # B = 0: those of W
         if not bool((norms > 0).all()):
             raise ValueError(
                 f"base.weight: got zero or NaN rows {(~(norms > 0)).nonzero().flatten().tolist()}, wanted none"
@@ -70,11 +71,16 @@ class DoRALinear(LoRALinear):
 
     def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return what has to be added to xWᵀ to give m/‖V‖ ⊙ (xWᵀ + s·B(A·dropout(x)))."""
-        W = weight_of(self.base).to(self.A.dtype)
-        with torch.no_grad():
-            norm = (W + delta_weight(self.A, self.B, self.scale)).norm(dim=1)
-        gain = self.magnitude / norm
-        return (gain - 1) * F.linear(x, W) + gain * super().update(x)
+        W = weight_of(self.base)
+        gain = self.magnitude / row_norms(W, self.A, self.B, self.scale)
+        return (gain - 1) * F.linear(x, W.to(self.A.dtype)) + gain * super().update(x)
+
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        """Return base(x) + x ΔWᵀ, shape (..., m): by `dora_linear` where base and update read the same x."""
+        if (self.training and self.dropout.p) or not is_plain(self.base, x):
+            return AdaptedLinear.forward(self, x)
+        bias = cast(Any, self.base.bias)
+        return dora_linear(x, weight_of(self.base), bias, self.A, self.B, self.magnitude, self.scale)
 
 
 class PiSSALinear(LoRALinear):
@@ -89,18 +95,21 @@ class PiSSALinear(LoRALinear):
         self.register_buffer("B0", self.B.detach().clone())
 
     def initial_factors(self, W: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return the principal factors of W."""
-        return pissa_factors(W, self.rank, self.scale)
+        """Return the principal factors of W, with the strides that FSDP2 wants."""
+        A, B = pissa_factors(W, self.rank, self.scale)
+        return A.contiguous(), B.contiguous()
+
+    def step_factors(self) -> tuple[Tensor, Tensor, float]:
+        """Return the factors of s·(BA - B₀A₀)."""
+        return self.lora_factors()
 
     def delta_weight(self) -> Float[Tensor, "m n"]:
         """Return s·(BA - B₀A₀)."""
-        A, B, scale = self.lora_factors()
-        return delta_weight(A, B, scale)
+        return delta_weight(*self.lora_factors())
 
     def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return s·(BA - B₀A₀)·dropout(x)."""
-        A, B, scale = self.lora_factors()
-        return lora_update(self.dropout(x), A, B, scale)
+        return lora_update(self.dropout(x), *self.lora_factors())
 
     def lora_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return ([A; -A₀], [B, B₀], s): the exact LoRA of rank 2r on the original W."""

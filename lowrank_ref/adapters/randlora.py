@@ -7,7 +7,7 @@ Albert et al., "RandLoRA: Full-rank parameter-efficient fine-tuning of large mod
 | ΔW = Σⱼ BⱼΛⱼAΓⱼ, j = 1..n, n = ⌈d/r⌉             | `delta_weight`, `block_count`                             |
 | ΛⱼAΓⱼ of all j without storing them for backward | `mixed_rows`                                              |
 | ΔW x, never forming ΔW                           | `randlora_update`                                         |
-| (W + ΔW) x in one product                        | `fused_linear`, equal up to rounding                      |
+| (W + ΔW) x, with one product or two              | `fused_linear`, `products.randlora_linear`                |
 | Λ = 0, Γ = 1/d                                   | `init_diagonals`                                          |
 | scale: official code, PEFT                       | `randlora_scaling`                                        |
 | random bases: uniform, normal, binary, sparse    | `randlora_bases`: `random_rows`, `random_a`               |
@@ -26,7 +26,7 @@ distribution's standard deviation (the code: by the sample's). Columns of a tern
 with them ΔW is not of full rank. The last block keeps rank r when r does not divide d.
 
 Cost per layer: blocks·(r + d) trained numbers, about d²/r + d; Adam twice that; the bases blocks·D·r + r·d once for the
-model. Extra FLOPs a token: 2·blocks·r·(D + d), as much as another dense layer (fused: none, but 2·blocks·r·D·d a step).
+model. Extra FLOPs a token: 2·blocks·r·(D + d); or, where fewer, 2Dd (fused: 0) and 2·blocks·r·D·d a step to make ΔW.
 """
 
 import math
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lowrank_ref.adapters.products import computing_dtype, is_plain, randlora_linear, through_delta
 from lowrank_ref.adapters.randlora_bases import RandomBases, seed_of, shared_bases, stacked
 from lowrank_ref.core.checks import check_number, check_rank
 from lowrank_ref.core.layers import AdaptedLinear, weight_of
@@ -121,10 +122,7 @@ def randlora_update(
 def fused_linear(
     x: Float[Tensor, "*batch n"], W: Float[Tensor, "m n"], bias: Tensor | None, delta: Float[Tensor, "m n"]
 ) -> Float[Tensor, "*batch m"]:
-    """Return x (W + ΔW)ᵀ + b: one product with x instead of three, so faster for many rows.
-
-    The sum is rounded to W's dtype, as in a merge: exact enough in float32, but in bfloat16 small updates are lost.
-    """
+    """Return x (W + ΔW)ᵀ + b in one product. The sum is rounded to W's dtype: in bfloat16 small updates are lost."""
     return F.linear(x, (W + delta).to(W.dtype), bias)
 
 
@@ -174,8 +172,7 @@ class RandLoRALinear(AdaptedLinear):
         super().__init__(base)
         self.rank, self.scale, self.distribution, self.sparsity = rank, float(scale), distribution, float(sparsity)
         self.fused, self.dropout = fused, nn.Dropout(dropout).train(base.training)
-        lam, gamma = init_diagonals(W.detach(), rank)
-        self.lam, self.gamma = nn.Parameter(lam), nn.Parameter(gamma)
+        self.lam, self.gamma = map(nn.Parameter, init_diagonals(W.detach(), rank))
         self.bases = self._bases(seed_of(generator))
         self.register_buffer("recipe", self.bases.recipe.to(W.device, copy=True))
 
@@ -202,10 +199,14 @@ class RandLoRALinear(AdaptedLinear):
         return randlora_update(self.dropout(x), *self.factors(), self.scale, wide=self.out_features < self.in_features)
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
-        """Return base(x) + x ΔWᵀ, shape (..., m)."""
-        if self.fused:
-            return fused_linear(x, weight_of(self.base), cast(Tensor, self.base.bias), self.delta_weight())
-        return super().forward(x)
+        """Return base(x) + x ΔWᵀ, shape (..., m): through ΔW (`randlora_linear`) if fused or where FLOPs are fewer."""
+        blocks, D, d = self._size()
+        pays = self.fused or through_delta(x.shape[:-1].numel(), D, d, blocks * self.rank)
+        if not pays or not is_plain(self.base, x) or (self.training and self.dropout.p):
+            return super().forward(x)
+        A, B = self.bases.slices(blocks, D, d, computing_dtype(x))
+        frozen = (weight_of(self.base), cast(Any, self.base.bias), A, stacked(B))
+        return randlora_linear(x, *frozen, self.lam, self.gamma, self.scale, fused=self.fused)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "RandLoRALinear":
         super()._apply(fn, recurse)

@@ -98,6 +98,7 @@ class RandomBases:
         self.seed, self.rank, self.distribution, self.sparsity = seed, rank, distribution, sparsity
         self.A = torch.empty(rank, 0, device=device, dtype=dtype)
         self.B = torch.empty(0, rank, 0, device=device, dtype=dtype)  # Bⱼ transposed, so that blocks lie in a row
+        self._rounded: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         probe = random_a(seed, rank, 1, distribution, sparsity).flatten()
         #: Seed and first column of A in millionths, which is what a checkpoint keeps of the bases.
         self.recipe = torch.tensor([seed, *(probe * 1e6).round().long().tolist()])
@@ -107,14 +108,24 @@ class RandomBases:
         options: Any = (self.distribution, self.sparsity)
         if d > self.A.shape[1]:
             self.A = random_a(self.seed, self.rank, d, *options).to(self.A)
+            self._rounded.clear()
         most, tallest = max(blocks, len(self.B)), max(D, self.B.shape[2])
         if (most, tallest) != (len(self.B), self.B.shape[2]):
             B = [random_rows(self.seed, f"B {j}", tallest, self.rank, *options).T.to(self.B.dtype) for j in range(most)]
             self.B = torch.stack(B).to(self.B)
+            self._rounded.clear()
 
-    def slices(self, blocks: int, D: int, d: int) -> tuple[Float[Tensor, "rank d"], Float[Tensor, "blocks D rank"]]:
-        """Return A and B of one layer, views of the shared numbers."""
-        return self.A[:, :d], self.B[:blocks, :, :D].transpose(1, 2)
+    def slices(
+        self, blocks: int, D: int, d: int, dtype: torch.dtype | None = None
+    ) -> tuple[Float[Tensor, "rank d"], Float[Tensor, "blocks D rank"]]:
+        """Return A and B of one layer, views of the shared numbers. Another `dtype` rounds all of them once."""
+        if dtype in (None, self.A.dtype):
+            A, B = self.A, self.B
+        else:
+            if dtype not in self._rounded:
+                self._rounded[dtype] = self.A.to(dtype), self.B.to(dtype)
+            A, B = self._rounded[dtype]
+        return A[:, :d], B[:blocks, :, :D].transpose(1, 2)
 
     def __reduce__(self) -> tuple[Any, ...]:
         where = (self.A.device, self.A.dtype)

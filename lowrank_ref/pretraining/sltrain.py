@@ -22,7 +22,7 @@ moments and per-layer updates come from `lowrank_ref.optimizers`, whose `GaLoreA
 
 Cost per layer: r(m+n) + ⌊δmn⌋ trained numbers (+m), Adam state twice that, 8 bytes of index a value. FLOPs on top of a
 dense layer's: 2rmn in forward, 6rmn in backward; one (m, n) temporary at a time in both. DDP sends rank 0's support to
-all. Not under FSDP2: a place is one of the whole matrix, not of a shard.
+all. FSDP2 shards A, B and the values but not the support: start every process with the same seed.
 """
 
 import math

@@ -131,6 +131,10 @@ class SoRALinear(LoRALinear):
         """Return s·B(g ⊙ (A·dropout(x)))."""
         return gated_update(self.dropout(x), self.A, self.B, self.g, self.scale)
 
+    def step_factors(self) -> tuple[Tensor, Tensor, float]:
+        """Return (diag(g)·A, B, s), all r components of them."""
+        return self.g[:, None] * self.A, self.B, self.scale
+
     def lora_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return (A', B', s) of the gates that are not zero."""
         return *pruned_factors(self.A, self.B, self.g), self.scale
@@ -167,11 +171,7 @@ def gate_groups(model: nn.Module, *, weight_decay: float = 0.0) -> list[dict[str
 
 
 def prune(model: Model) -> Model:
-    """Replace every SoRA layer by its `pruned()` layer, in place; the output stays the same.
-
-    Raises:
-        ValueError: the model has no SoRA layer, or is one itself.
-    """
+    """Replace every SoRA layer inside the model by its `pruned()` layer; a model without one raises a ValueError."""
     return replace_modules(model, "", lambda layer: layer.pruned(), accepts=lambda m: isinstance(m, SoRALinear))
 
 
