@@ -8,6 +8,7 @@ one of 127 codes more.
 """
 
 import copy
+import math
 from functools import partial
 
 import battery
@@ -24,6 +25,7 @@ from lowrank_ref.lowbit import BitLinear, DifferentialAttention, HGFLinear, Pack
 from lowrank_ref.lowbit.ternary import absmax_scale, int8_codes, ternary_codes
 from lowrank_ref.optimizers import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD, per_layer_updates
 from lowrank_ref.pretraining import SLTrainLinear
+from lowrank_ref.robustness import random_start
 
 pytestmark = pytest.mark.gpu
 
@@ -118,7 +120,7 @@ def test_layers_agree(name, dtype, device):
     layer, x = make(dtype), inputs(dtype=dtype)
     wanted = results(layer, x)
     moved = copy.deepcopy(layer).to(device)
-    assert {t.device.type for t in moved.state_dict().values()} == {device}
+    assert {t.device.type for t in (*moved.parameters(), *moved.buffers())} == {device}
     got = results(moved, x.to(device))
     assert got.keys() == wanted.keys()
     for key, value in wanted.items():
@@ -163,6 +165,17 @@ def test_differential_attention_accepts_generators_of_both_devices(device, gener
         layer = DifferentialAttention(base, depth=0, generator=generator)
         assert {t.device.type for t in layer.state_dict().values()} == {device}
         assert layer(torch.randn(2, 4, 12, device=device)).isfinite().all()
+
+
+@pytest.mark.parametrize("norm", [math.inf, 2, 1])
+def test_attacks_start_from_generators_of_both_devices(norm, device, generators):
+    x = battery.gaussian(4, 6).sigmoid()
+    wanted = random_start(x, norm=norm, epsilon=0.3, generator=seeded(3))
+    for generator in generators(3):
+        got = random_start(x.to(device), norm=norm, epsilon=0.3, generator=generator)
+        assert got.device.type == device
+        if generator.device.type == "cpu":
+            torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=1e-12)
 
 
 # Bases.
