@@ -23,7 +23,7 @@ from common import MIB, arguments, interleaved, milliseconds, peak_mib, reset_pe
 from torch import Tensor, nn
 
 from lowrank_ref.core.accounting import state_bytes
-from lowrank_ref.core.linalg import captured_energy, gram_basis, power_basis, svd_basis
+from lowrank_ref.core.linalg import captured_energy, gram_basis, power_basis, subspace_basis, svd_basis
 from lowrank_ref.lab.data import english_text
 from lowrank_ref.lab.models import GPT
 from lowrank_ref.optimizers import GaLoreAdamW
@@ -64,11 +64,15 @@ BASES: dict[str, Callable[..., Tensor]] = {
     "power_basis": power_basis,
     "power_basis, 1 iteration": partial(power_basis, iterations=1),
     "power_basis, warm, 1 iteration": partial(power_basis, iterations=1, oversample=0),
+    "subspace_basis": subspace_basis,
+    "subspace_basis, 2 iterations": partial(subspace_basis, iterations=2),
+    "subspace_basis, warm, 1 iteration": partial(subspace_basis, iterations=1),
     "cosines, chosen columns": cosine_basis,
 }
 #: Name -> basis of our optimizer in part "steps". The exact one takes most of a minute: `--svd`.
 OURS: dict[str, Callable[..., Tensor]] = {
     "GaLoreAdamW": gram_basis,
+    "GaLoreAdamW, subspace_basis": subspace_basis,
     "GaLoreAdamW, power_basis": power_basis,
     "GaLoreAdamW, svd_basis": svd_basis,
 }

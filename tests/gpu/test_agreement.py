@@ -20,7 +20,15 @@ from torch import nn
 
 from lowrank_ref.adapters import LoRAConv2d, LoRAEmbedding
 from lowrank_ref.compression import MaestroConv2d, MaestroLinear
-from lowrank_ref.core.linalg import captured_energy, gram_basis, power_basis, randomized_svd, svd, svd_basis
+from lowrank_ref.core.linalg import (
+    captured_energy,
+    gram_basis,
+    power_basis,
+    randomized_svd,
+    subspace_basis,
+    svd,
+    svd_basis,
+)
 from lowrank_ref.lowbit import BitLinear, DifferentialAttention, HGFLinear, PackedLinear, pack
 from lowrank_ref.lowbit.ternary import absmax_scale, int8_codes, ternary_codes
 from lowrank_ref.optimizers import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD, per_layer_updates
@@ -206,6 +214,9 @@ def test_bases_span_the_same_subspace(shape, dtype, device, generators):
         assert P.device.type == device and P.dtype == dtype
         assert distance(P, basis(G, 4)) < limit and distance(P, exact) < limit
         torch.testing.assert_close(P.cpu(), basis(G, 4), rtol=0, atol=4 * limit)  # with the same signs
+    for matrices in (G, torch.stack([G, -2 * G])):
+        P = subspace_basis(matrices.to(device), 4, iterations=8)
+        assert P.device.type == device and all(distance(Q, exact) < limit for Q in P.reshape(-1, *P.shape[-2:]))
     for generator in generators():
         P = power_basis(G.to(device), 4, iterations=6, generator=generator)
         assert P.device.type == device and distance(P, exact) < limit
