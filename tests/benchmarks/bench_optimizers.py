@@ -4,7 +4,8 @@
 
 Part "steps" takes steps of 168 matrices (24 layers, d = 2048, ffn 5461, bf16) whose gradients are set once, with
 torch's AdamW, ours, galore-torch, fira, bitsandbytes and torchao; a peer that is not installed is left out. All
-optimizers hold the same weights and step in turns. Part "bases" finds the top directions of gradients in several ways,
+optimizers hold the same weights and step in turns. Part "ceilings" measures what the card can do at most: bytes moved
+and operations a second. Part "bases" finds the top directions of gradients in several ways,
 each with the energy it captures relative to the exact ones.
 """
 
@@ -214,6 +215,40 @@ def steps(tiny: bool, svd: bool, device: str) -> dict[str, Any]:
     return {"setting": setting, "rows": list(rows.values()), "gradients_unchanged": unchanged}
 
 
+# Part "ceilings".
+
+
+def ceilings(tiny: bool, device: str) -> dict[str, Any]:
+    """Measure the card's limits: a long copy (read and write), a long sum (read only), large square products."""
+    numbers, size = (2**16, 64) if tiny else (2**30, 8192)
+    x = torch.ones(numbers, dtype=torch.bfloat16, device=device)
+    y = torch.empty_like(x)
+    A, B = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    C, D = A[: size // 2, : size // 2].float(), B[: size // 2, : size // 2].float()
+    runs: dict[str, Callable[[], Any]] = {
+        "copy": lambda: y.copy_(x),
+        "sum": lambda: x.view(torch.float32).sum(),
+        "bf16 product": lambda: A @ B.T,
+        "float32 product": lambda: C @ D.T,
+    }
+    times = interleaved(runs, repeats=2 if tiny else 20, warmup=3)
+    seconds = {name: t["median_ms"] / 1000 for name, t in times.items()}
+    rates = {
+        "copy": 2 * x.nbytes / seconds["copy"],
+        "sum": x.nbytes / seconds["sum"],
+        "bf16 product": 2 * size**3 / seconds["bf16 product"],
+        "float32 product": 2 * (size // 2) ** 3 / seconds["float32 product"],
+    }
+    units = {name: "B/s" if name in ("copy", "sum") else "FLOP/s" for name in rates}
+    rows = [{"what": name, "rate": rates[name], "unit": units[name], **times[name]} for name in rates]
+    for row in rows:
+        print(row, flush=True)
+    return {
+        "setting": f"{numbers} bf16 numbers copied or summed; products of {size} cubed, float32 half that",
+        "rows": rows,
+    }
+
+
 # Part "bases".
 
 
@@ -306,8 +341,10 @@ def main() -> None:
     """Run the parts asked for."""
     warnings.simplefilter("ignore")
     flags = {"--svd": "also our optimizer with exact bases, most of a minute"}
-    args = arguments(__doc__ or "", ("steps", "bases"), flags)
+    args = arguments(__doc__ or "", ("ceilings", "steps", "bases"), flags)
     torch.set_float32_matmul_precision("highest")
+    if "ceilings" in args.part:
+        save(args.out, "ceilings", ceilings(args.tiny, args.device))
     if "steps" in args.part:
         save(args.out, "steps", steps(args.tiny, args.svd, args.device), PEERS)
     if "bases" in args.part:
