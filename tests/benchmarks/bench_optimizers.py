@@ -212,7 +212,14 @@ def steps(tiny: bool, svd: bool, device: str) -> dict[str, Any]:
         print(row, flush=True)
     setting = f"{len(shapes)} matrices of {layers} layers, d {dim}, ffn {ffn}, bf16, singular values of the gradients "
     setting += f"1/sqrt(k), r {rank}; steps in turns, median of {3 if tiny else 15}"
-    return {"setting": setting, "rows": list(rows.values()), "gradients_unchanged": unchanged}
+    stack = [[*shape, shapes.count(shape)] for shape in dict.fromkeys(shapes)]
+    return {
+        "setting": setting,
+        "rows": list(rows.values()),
+        "shapes": stack,  # m, n, how many
+        "rank": rank,
+        "gradients_unchanged": unchanged,
+    }
 
 
 # Part "ceilings".
