@@ -16,6 +16,8 @@ from lowrank_ref.core.registry import papers
 
 #: The base layer of all cases: m outputs, n inputs.
 M, N = 10, 12
+#: Where and in which precision the cases live, read at every call. `gpu/` sets others.
+DEVICE, DTYPE = "cpu", torch.float64
 #: Name -> adapter(base, generator=...), with its default options. DoRA and PiSSA have no card of their own.
 LAYERS = {name: make for info in papers().values() for name, make in info.layers.items()}
 LAYERS |= {"DoRALinear": DoRALinear, "PiSSALinear": PiSSALinear}
@@ -51,9 +53,14 @@ def gaussian(*shape, seed=0):
     return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
-def linear(dtype=torch.float64):
+def tolerance(atol):
+    """A bound meant for float64, with as many machine epsilons in the precision of the cases."""
+    return atol * torch.finfo(DTYPE).eps / torch.finfo(torch.float64).eps
+
+
+def linear(dtype=None):
     """The base layer, always the same."""
-    base = nn.Linear(N, M, dtype=dtype)
+    base = nn.Linear(N, M, device=DEVICE, dtype=dtype or DTYPE)
     with torch.no_grad():
         for p in base.parameters():
             p.copy_(torch.randn(p.shape, generator=seeded(7)) / 3)
@@ -66,13 +73,13 @@ def adapter(name, *, base=None, seed=0, moved=True):
     if moved:
         with torch.no_grad():
             for p in layer.adapter_parameters().values():
-                p.add_(torch.randn(p.shape, generator=seeded(8), dtype=p.dtype), alpha=0.2)
+                p.add_(torch.randn(p.shape, generator=seeded(8), dtype=p.dtype).to(p.device), alpha=0.2)
     return layer
 
 
-def network(dtype=torch.float64):
+def network(dtype=None):
     """A small network to optimise, always the same."""
-    model = nn.Sequential(nn.Linear(N, M), nn.Tanh(), nn.Linear(M, 6)).to(dtype)
+    model = nn.Sequential(nn.Linear(N, M), nn.Tanh(), nn.Linear(M, 6)).to(DEVICE, dtype or DTYPE)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=seeded(7)) / 3)
@@ -85,8 +92,8 @@ def optimizer(name, model):
     return OPTIMIZERS[name]([{"params": matrices, "rank": 2, "gap": 2}, {"params": rest}])
 
 
-def batch(step, dtype=torch.float64, rows=8):
-    return torch.randn(rows, N, generator=seeded(100 + step), dtype=torch.float64).to(dtype)
+def batch(step, dtype=None, rows=8):
+    return torch.randn(rows, N, generator=seeded(100 + step), dtype=torch.float64).to(DEVICE, dtype or DTYPE)
 
 
 def loss(model, x):
@@ -95,7 +102,7 @@ def loss(model, x):
     return F.smooth_l1_loss(y, torch.ones_like(y))
 
 
-def train(model, optimizer, steps, rows=slice(None), dtype=torch.float64):
+def train(model, optimizer, steps, rows=slice(None), dtype=None):
     """Take the given steps, each on its own batch, of which this process sees `rows`."""
     for step in steps:
         optimizer.zero_grad()

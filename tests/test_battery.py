@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import battery
 import pytest
 import torch
 from battery import (
@@ -22,6 +23,7 @@ from battery import (
     optimizer,
     seeded,
     subject,
+    tolerance,
     train,
 )
 from torch import nn
@@ -34,7 +36,7 @@ each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def assert_close(got, wanted, atol=1e-12):
-    torch.testing.assert_close(got, wanted, rtol=0, atol=atol)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance(atol))
 
 
 def assert_equal_states(got, wanted):
@@ -53,7 +55,7 @@ def assert_equal_optimizers(got, wanted):
 @each_layer
 def test_starts_at_the_base(name):
     layer, x = adapter(name, moved=False), batch(0)
-    assert torch.allclose(layer(x), layer.base(x), rtol=0, atol=1e-12) == (name not in STARTS_ELSEWHERE)
+    assert torch.allclose(layer(x), layer.base(x), rtol=0, atol=tolerance(1e-12)) == (name not in STARTS_ELSEWHERE)
 
 
 @each_layer
@@ -161,7 +163,7 @@ def test_a_bfloat16_base_stays_bfloat16_and_finite(name):
 @each_layer
 def test_autocast(name):
     layer, x = adapter(name, base=linear(torch.float32)), batch(0, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(battery.DEVICE, torch.bfloat16):
         y = layer(x)
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16

@@ -18,9 +18,14 @@ from torch import nn
 MIB = 2**20
 
 
-def arguments(description: str, parts: tuple[str, ...]) -> argparse.Namespace:
-    """Read `--out FILE.json`, `--part NAME` (default all), `--tiny` (seconds, measures nothing) and `--device`."""
+def arguments(description: str, parts: tuple[str, ...], flags: dict[str, str] | None = None) -> argparse.Namespace:
+    """Read `--out FILE.json`, `--part NAME` (default all), `--tiny` (seconds, measures nothing) and `--device`.
+
+    `flags` are the script's own switches, name -> help.
+    """
     parser = argparse.ArgumentParser(description=description)
+    for flag, text in (flags or {}).items():
+        parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument("--part", choices=parts, action="append", help="run only this part; may be given twice")
     parser.add_argument("--out", type=Path, required=True, help="results file, JSON")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: checks the script, measures nothing")
@@ -127,3 +132,34 @@ def milliseconds(run: Callable[[], Any], *, repeats: int = 10, warmup: int = 3) 
         if i >= warmup:
             times.append(1000 * (time.perf_counter() - start))
     return {"median_ms": round(statistics.median(times), 3), "spread_ms": round(max(times) - min(times), 3)}
+
+
+def _elapsed_ms(run: Callable[[], Any]) -> float:
+    """Time one call, on the GPU by its own events: from the first kernel's turn to the end of the last one."""
+    synchronize()
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        run()
+        return 1000 * (time.perf_counter() - start)
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    run()
+    last.record()
+    synchronize()
+    return first.elapsed_time(last)
+
+
+def interleaved(
+    runs: dict[str, Callable[[], Any]], *, repeats: int = 10, warmup: int = 2
+) -> dict[str, dict[str, float]]:
+    """Time several functions in turns, so that clock and heat meet all alike; name -> median and spread in ms."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(warmup + repeats):
+        for name, run in runs.items():
+            elapsed = _elapsed_ms(run)
+            if i >= warmup:
+                times[name].append(elapsed)
+    return {
+        name: {"median_ms": round(statistics.median(t), 3), "spread_ms": round(max(t) - min(t), 3)}
+        for name, t in times.items()
+    }
