@@ -1,10 +1,9 @@
 import json
 import re
-import shutil
 
 import pytest
 
-from lowrank_ref.lab.explore import Explorer, explore
+from lowrank_ref.lab.explore import explore
 from lowrank_ref.lab.svg import line_chart
 
 
@@ -120,38 +119,9 @@ def test_live_calls_the_same_function():
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium installed")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-def show(browser, tmp_path, *explorers: Explorer, width=800, javascript=True, touch=False):
-    file = tmp_path / "page.html"
-    body = "\n".join(e.html for e in explorers)
-    file.write_text(
-        f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">{body}',
-        encoding="utf-8",
-    )
-    page = browser.new_page(
-        viewport={"width": width, "height": 700}, java_script_enabled=javascript, has_touch=touch, is_mobile=touch
-    )
-    page.problems = []
-    page.on("console", lambda message: page.problems.append(message.text))
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
-    page.goto(file.as_uri())
-    return page
-
-
 @pytest.mark.browser
-def test_keyboard_moves_the_figure_and_says_the_value(browser, tmp_path):
-    page = show(browser, tmp_path, small(a=list(range(1, 24)), b=["x", "y"]))
+def test_keyboard_moves_the_figure_and_says_the_value(show):
+    page = show(small(a=list(range(1, 24)), b=["x", "y"]))
     first = page.get_by_label("a", exact=True)
     assert page.locator("dd").all_inner_texts() == ["12", "y"]
     first.focus()
@@ -168,8 +138,8 @@ def test_keyboard_moves_the_figure_and_says_the_value(browser, tmp_path):
 
 
 @pytest.mark.browser
-def test_mouse_and_touch_move_the_figure(browser, tmp_path):
-    page = show(browser, tmp_path, small(a=[1, 2, 3]), touch=True)
+def test_mouse_and_touch_move_the_figure(show):
+    page = show(small(a=[1, 2, 3]), touch=True)
     place = page.locator("input").bounding_box()
     page.mouse.click(place["x"] + 3, place["y"] + place["height"] / 2)
     assert page.locator("dd").all_inner_texts() == ["1"]
@@ -180,12 +150,12 @@ def test_mouse_and_touch_move_the_figure(browser, tmp_path):
 
 
 @pytest.mark.browser
-def test_the_frame_is_told_once_the_slider_rests(browser, tmp_path):
+def test_the_frame_is_told_once_the_slider_rests(show):
     chart = explore(
         lambda r: line_chart({"a": ([0, 1], [0, r])}, x_label="x", y_label="y", alt=f"A line up to {r}."),
         title="t", alt="line", r=[1, 2, 3],
     )  # fmt: skip
-    page = show(browser, tmp_path, small(a=list(range(9)), b=["x", "y"]), chart)
+    page = show(small(a=list(range(9)), b=["x", "y"]), chart)
     said = page.locator(".lr-said")
     page.evaluate(
         """() => { window.heard = []; new MutationObserver(() => heard.push(document.querySelector("[role=status]")
@@ -203,16 +173,16 @@ def test_the_frame_is_told_once_the_slider_rests(browser, tmp_path):
 
 
 @pytest.mark.browser
-def test_prints_figure_and_values_without_sliders(browser, tmp_path):
-    page = show(browser, tmp_path, small(a=[1, 2, 3]))
+def test_prints_figure_and_values_without_sliders(show):
+    page = show(small(a=[1, 2, 3]))
     page.emulate_media(media="print")
     assert page.locator("dd").is_visible() and page.locator("output").is_visible()
     assert not page.locator("input").is_visible()
 
 
 @pytest.mark.browser
-def test_two_explorers_and_two_copies_of_one_work_apart(browser, tmp_path):
-    page = show(browser, tmp_path, small(a=[1, 2, 3]), small(a=[1, 2, 4]), small(a=[1, 2, 3]))
+def test_two_explorers_and_two_copies_of_one_work_apart(show):
+    page = show(small(a=[1, 2, 3]), small(a=[1, 2, 4]), small(a=[1, 2, 3]))
     inputs = page.locator("input")
     inputs.nth(2).focus()
     page.keyboard.press("ArrowRight")
@@ -221,14 +191,14 @@ def test_two_explorers_and_two_copies_of_one_work_apart(browser, tmp_path):
 
 
 @pytest.mark.browser
-def test_fits_a_phone_and_needs_no_javascript(browser, tmp_path):
+def test_fits_a_phone_and_needs_no_javascript(show):
     chart = explore(
         lambda r: line_chart({"a long name": ([0, 1], [0, r])}, x_label="x", y_label="y"),
         title="A title of some length that must wrap on a phone", alt="a", labels={"r": "a rather long label"},
         r=[1, 2],
     )  # fmt: skip
-    page = show(browser, tmp_path, chart, small(word=["short", "a very long value that has to fit"]), width=360)
+    page = show(chart, small(word=["short", "a very long value that has to fit"]), width=360)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    still = show(browser, tmp_path, chart, javascript=False)
+    still = show(chart, javascript=False)
     assert still.locator(".lr-explore svg.lr-chart").count() == 1
     assert still.locator("input").is_disabled()  # it would move nothing
