@@ -1,0 +1,34 @@
+// Equation beside code: give the terms of an equation their classes before MathJax sets it, mark the code that computes
+// them, and light both when one is pointed at or focused. Without JavaScript equation and code are there, unmarked.
+for (const box of document.querySelectorAll(".lr-beside[data-terms]")) {
+  const { tex, code } = JSON.parse(box.dataset.terms);
+  const pre = box.querySelector("pre");
+  box.querySelector("div.math").textContent = `\\[${tex}\\]`;
+  const long = ([[from, to]]) => to - from;
+  const terms = code.map((places, k) => ({ places, k })).sort((a, b) => long(b.places) - long(a.places)); // inner ones last
+  for (const { places, k } of terms) places.forEach(([from, to], i) => mark(pre, from, to, `lr-t${k}`, i === 0));
+
+  const light = (event) => {
+    box.querySelectorAll(".lr-lit").forEach((part) => part.classList.remove("lr-lit"));
+    const name = event.target.closest(".lr-term")?.className.match(/lr-t\d+/)[0];
+    if (name && !/out$/.test(event.type)) box.querySelectorAll("." + name).forEach((part) => part.classList.add("lr-lit"));
+  };
+  for (const type of ["pointerover", "pointerout", "focusin", "focusout"]) box.addEventListener(type, light);
+}
+
+// Wrap the letters from..to, which may lie in several of the highlighter's elements; the first place can be focused.
+function mark(pre, from, to, name, stop) {
+  const walker = document.createTreeWalker(pre, NodeFilter.SHOW_TEXT), parts = [];
+  for (let start = 0; walker.nextNode(); start += walker.currentNode.length) {
+    const node = walker.currentNode, a = Math.max(from - start, 0), b = Math.min(to - start, node.length);
+    if (a < b) parts.push([node, a, b]);
+  }
+  parts.forEach(([node, a, b], i) => {
+    const range = document.createRange(), span = document.createElement("span");
+    range.setStart(node, a);
+    range.setEnd(node, b);
+    span.className = `lr-term ${name}`;
+    if (stop && i === 0) span.tabIndex = 0;
+    range.surroundContents(span);
+  });
+}
