@@ -53,7 +53,7 @@ class Beside:
 
     equation: str
     code: Source
-    terms: str  # JSON for the page: TeX with classes around its terms, and the places of each in the code
+    terms: str  # JSON for the page: number, TeX with classes around its terms, places of each in the code
 
     def _repr_markdown_(self) -> str:
         code = self.code._repr_markdown_()
@@ -92,9 +92,8 @@ def beside(number: int | str, equation: str, *objects: Callable[..., Any], terms
     places = [_places(term, code) for term in terms]
     count = iter(range(len(marks)))
     marked = re.sub("«(.*?)»", lambda mark: rf"\class{{lr-term lr-t{next(count)}}}{{{mark[1]}}}", equation)
-    tag = rf" \tag{{{number}}}"
-    data = json.dumps({"tex": marked + tag, "code": places}, separators=(",", ":"))
-    return Beside(re.sub("[«»]", "", equation) + tag, code, data)
+    data = json.dumps({"number": f"({number})", "tex": marked, "code": places}, separators=(",", ":"))
+    return Beside(re.sub("[«»]", "", equation) + rf" \tag{{{number}}}", code, data)
 
 
 def _places(term: str, code: str) -> list[tuple[int, int]]:
