@@ -43,7 +43,7 @@ function mark(pre, from, to, name, stop) {
   const walker = document.createTreeWalker(pre, NodeFilter.SHOW_TEXT), parts = [];
   for (let start = 0; walker.nextNode(); start += walker.currentNode.length) {
     const node = walker.currentNode, a = Math.max(from - start, 0), b = Math.min(to - start, node.length);
-    if (node.data.slice(a, b).trim()) parts.push([node, a, b]); // b < a gives an empty slice
+    if (a < b && node.data.slice(a, b).trim()) parts.push([node, a, b]);
   }
   parts.forEach(([node, a, b], i) => {
     const range = document.createRange(), span = document.createElement("span");

@@ -24,7 +24,7 @@ TOP = 1.25  # upper end of the vertical axis, and of the bars
 _STYLE = """<style>
 .lr-explore .lr-pair{display:grid;grid-template-columns:1fr 1fr;gap:.8em;margin:0 0 .3em;text-align:center}
 .lr-explore .lr-pair img{display:block;width:100%;height:auto;margin:0 0 .2em}
-.lr-explore .lr-bars{display:grid;grid-template-columns:auto 1fr;gap:.15em .9em;margin:.3em 0 .5em}
+.lr-explore dl.lr-bars{display:grid;grid-template-columns:auto 1fr;gap:.15em .9em;margin:.3em 0 .5em}
 .lr-explore .lr-bars dt{font-weight:400;opacity:.8}
 .lr-explore .lr-bars dd{position:relative;margin:0;padding:0 .4em;font-weight:600;font-variant-numeric:tabular-nums}
 .lr-explore .lr-bars b{position:relative}
@@ -188,7 +188,7 @@ class PhotoExplorer:
             ("What the rank lacks; gray means nothing", "what it lacks", 0.5 + photo - self.best),
         ]
         pair = "".join(
-            f'<div><img alt="{alt}" width="{columns}" height="{rows}" '
+            f'<div><img class="dark-light" alt="{alt}" width="{columns}" height="{rows}" '
             f'src="data:image/png;base64,{base64.b64encode(png(values)).decode()}">{name}</div>'
             for alt, name, values in pictures
         )
