@@ -1,12 +1,13 @@
 """Linear algebra that several papers share: SVD with fixed signs, fast bases, and measures of rank.
 
 A basis of "the top r directions" is always an orthonormal matrix (m, r) for the *column* space of a matrix (m, n); pass
-the transpose for the row space. There are three, from exact to fast:
+the transpose for the row space. There are four, from exact to fast:
 
 - `svd_basis`: an SVD, the definition. Slow on a GPU, where it cannot be turned into large matrix products.
 - `gram_basis`: an eigendecomposition of the smaller Gram matrix. The same subspace, except for directions with singular
   values under about 3e-4 of the largest (in float32).
 - `power_basis`: products and thin QRs only. Nearly the same energy; measure it with `captured_energy`.
+- `subspace_basis`: products with a Gram matrix and Cholesky factors only, for many matrices at once. Fastest on a GPU.
 """
 
 import torch
@@ -21,19 +22,19 @@ def _work_dtype(W: Tensor) -> torch.dtype:
     return torch.float32 if W.dtype in (torch.float16, torch.bfloat16) else W.dtype
 
 
-def fixed_signs(U: Float[Tensor, "m r"]) -> Float[Tensor, " r"]:
+def fixed_signs(U: Float[Tensor, "*batch m r"]) -> Float[Tensor, "*batch r"]:
     """Return the sign (+1 or -1) of the largest-magnitude entry of every column.
 
     Singular vectors are defined up to a sign, and backends choose differently. Multiplying by these signs makes the
     choice one rule (the largest entry is positive), so that runs on other hardware follow the same path.
 
     Args:
-        U: columns to orient, shape (m, r).
+        U: columns to orient, shape (..., m, r).
 
     Returns:
-        Signs, shape (r,).
+        Signs, shape (..., r).
     """
-    peak = U.gather(0, U.abs().argmax(dim=0, keepdim=True)).squeeze(0)
+    peak = U.gather(-2, U.abs().argmax(dim=-2, keepdim=True)).squeeze(-2)
     return torch.where(peak < 0, -1.0, 1.0).to(U.dtype)
 
 
@@ -149,6 +150,65 @@ def power_basis(
     small = Q.T @ X
     P = Q @ torch.linalg.eigh(small @ small.T).eigenvectors[:, -rank:].flip(1)
     return P * fixed_signs(P)
+
+
+def orthonormal(Y: Float[Tensor, "*batch m r"]) -> Float[Tensor, "*batch m r"]:
+    """Orthonormal basis of the columns of each matrix by a Cholesky factor of YᵀY, twice and in float64.
+
+    Half the work of a QR factorisation, and on a GPU far faster, since it is all products. Squaring is safe up to a
+    condition number of 10⁷, which float32 columns do not exceed unless some depend on others; those take QR.
+
+    Args:
+        Y: columns (..., m, r), r <= m, float32 or float64.
+    """
+    Z = Y.double()
+    for _ in range(2):
+        L, failed = torch.linalg.cholesky_ex(Z.mT @ Z)
+        if bool(failed.any()):
+            return torch.linalg.qr(Y).Q
+        Z = torch.linalg.solve_triangular(L.mT, Z, upper=True, left=False)
+    return Z.to(Y.dtype)
+
+
+def subspace_basis(
+    G: Float[Tensor, "*batch m n"],
+    rank: int,
+    *,
+    start: Float[Tensor, "*batch m r"] | None = None,
+    iterations: int = 4,
+) -> Float[Tensor, "*batch m r"]:
+    """Approximate top left singular subspaces of one matrix or a batch by subspace iteration with their Gram matrices.
+
+    One product gives the smaller Gram matrix H; each iteration is then H·Q, made orthonormal by `orthonormal`. No
+    iteration costs more than 2 min(m, n)² r FLOPs. Squaring loses what `gram_basis` loses.
+
+    Args:
+        G: matrices (..., m, n), floating point, finite.
+        rank: 1 <= rank <= min(m, n).
+        start: bases to improve, such as those of the last refresh. None starts from the same noise in every process,
+            so that all ranks of a DDP run find the same basis.
+        iterations: >= 1; each sharpens the basis by the squared ratio of singular values.
+
+    Returns:
+        P (..., m, rank), PᵀP = I, in float32 or float64.
+    """
+    for matrix in G.flatten(0, -3) if G.ndim > 2 else (G,):
+        check_matrix("G", matrix)
+    check_rank(rank, G.shape[-2:])
+    check_integer("iterations", iterations, low=1)
+    X = G.to(_work_dtype(G))
+    X = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+    tall = X.shape[-2] > X.shape[-1]
+    H = X.mT @ X if tall else X @ X.mT
+    if start is not None and start.shape == (*X.shape[:-1], rank):
+        Q = X.mT @ start.to(X.dtype) if tall else start.to(X.dtype)
+    else:
+        noise = torch.Generator(X.device).manual_seed(0)
+        Q = torch.randn(H.shape[-1], rank, generator=noise, dtype=X.dtype, device=X.device).expand(*H.shape[:-1], rank)
+    for _ in range(iterations):
+        Q = orthonormal(H @ Q)
+    P = orthonormal(X @ Q) if tall else Q
+    return P * fixed_signs(P).unsqueeze(-2)
 
 
 def randomized_svd(

@@ -1,1 +1,17 @@
-"""Triton fast paths; each stands beside a plain PyTorch definition in its paper's file."""
+"""Triton fast paths; each stands beside a plain PyTorch definition in its paper's file.
+
+Modules here need Triton, which comes with PyTorch's CUDA builds; `have_triton` says whether it is there.
+"""
+
+import functools
+import warnings
+from importlib.util import find_spec
+
+
+@functools.cache
+def have_triton() -> bool:
+    """Tell whether Triton is installed. Warns, once a process, if it is not: a GPU is then slower than it could be."""
+    found = find_spec("triton") is not None
+    if not found:
+        warnings.warn("Triton is not installed: GPU kernels are replaced by their plain definitions", stacklevel=2)
+    return found

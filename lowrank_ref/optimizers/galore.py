@@ -8,16 +8,16 @@ Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Project
 | R = PᵀG, R = GQ, or R = PᵀGQ                  | `project`                              |
 | N = M/(√V + ε), M and V of the size of R      | `adam_directions`                      |
 | G̃ = α·PN                                      | `project_back`                         |
-| W ← W - η·G̃                                   | `add_back`, `GaLoreAdamW`, `GaLoreSGD` |
+| W ← W - η·G̃                                   | `GaLoreAdamW`, `GaLoreSGD`             |
 
 Letters: W and G are (m, n); left basis P (m, r), right basis Q (n, r), rank r; `gap` is T, `scale` is α, `lr` is η.
 
 Deviations. Bases come from `gram_basis` unless another is given: the subspace of the SVD at a fraction of its time;
-pass `svd_basis` for the definition. Their signs are fixed, so that runs on other hardware follow the same path. As in
-the official code (and not in `torch.optim`) ε is added before bias correction, the moments survive a change of basis
-unrotated, and weight decay comes after the step, unscaled by α. Its Tucker projector, which ignores Adam's output, is
-left out.
-Adafactor, 8-bit moments and per-layer updates are in `galore_variants.py`.
+pass `svd_basis` for the definition, `subspace_basis` for speed on a GPU. Their signs are fixed, so that runs on other
+hardware follow the same path. As in the official code (and not in `torch.optim`) ε is added before bias correction, the
+moments survive a change of basis unrotated, and weight decay comes after the step, unscaled by α. Its Tucker projector,
+which ignores Adam's output, is left out.
+Adafactor, 8-bit moments and per-layer updates are in `galore_variants.py`; faster equal forms in `fast.py`.
 
 Cost per matrix, k = min(m, n), K = max(m, n): state 2rK + rk numbers instead of 2mn; two products of 2rmn FLOPs a step.
 Works under DDP, where every rank sees the same averaged gradient. Not under FSDP2: a shard's gradient has another SVD.
@@ -34,30 +34,38 @@ from torch import Tensor
 from lowrank_ref.core.checks import check_number
 from lowrank_ref.core.linalg import gram_basis
 from lowrank_ref.core.registry import PaperInfo
+from lowrank_ref.optimizers.fast import add_adam, add_back, in_batches, kernel_steps
 from lowrank_ref.optimizers.projected import ProjectedOptimizer, sides
 
 Basis = Callable[..., Tensor]
 
 
 def projectors(
-    G: Float[Tensor, "m n"], rank: int, *, side: str = "smaller", basis: Basis = gram_basis, old: dict | None = None
+    G: Float[Tensor, "*batch m n"],
+    rank: int,
+    *,
+    side: str = "smaller",
+    basis: Basis = gram_basis,
+    old: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return {"left": P (m, r)} and/or {"right": Q (n, r)}: orthonormal bases of the top singular subspaces of G.
 
     Args:
-        G: gradient (m, n), finite. Half precision is decomposed in float32 and rounded back.
+        G: gradient (m, n), finite; a batch (..., m, n) for a basis that takes batches. Half precision is decomposed in
+            float32 and rounded back.
         rank: 1 <= rank <= min(m, n).
         side: see `sides`.
-        basis: `gram_basis`, `svd_basis` or `power_basis`; called as basis(G, rank, start=old basis or None).
-        old: the last bases, a warm start for `power_basis`.
+        basis: `gram_basis`, `svd_basis`, `power_basis` or `subspace_basis`; called as basis(G, rank, start=old basis or
+            None).
+        old: the last bases, a warm start for the last two.
     """
-    left, right = sides((G.shape[0], G.shape[1]), side)
+    left, right = sides((G.shape[-2], G.shape[-1]), side)
     old = old or {}
     found = {}
     if left:
         found["left"] = basis(G, rank, start=old.get("left")).to(G.dtype)
     if right:
-        found["right"] = basis(G.T, rank, start=old.get("right")).to(G.dtype)
+        found["right"] = basis(G.mT, rank, start=old.get("right")).to(G.dtype)
     return found
 
 
@@ -75,23 +83,6 @@ def project_back(
     """Return PN, NQᵀ or PNQᵀ, shape (m, n): the direction in the space of the weight."""
     D = N if left is None else left @ N
     return D if right is None else D @ right.T
-
-
-def add_back(
-    W: Tensor,
-    N: Tensor,
-    factor: float,
-    *,
-    left: Float[Tensor, "m r"] | None = None,
-    right: Float[Tensor, "n r"] | None = None,
-) -> None:
-    """Add factor · `project_back` (N) to W in place, without forming the (m, n) direction beside W."""
-    if right is not None:
-        W.addmm_(N if left is None else left @ N, right.T, alpha=factor)
-    elif left is not None:
-        W.addmm_(left, N, alpha=factor)
-    else:
-        W.add_(N, alpha=factor)
 
 
 def adam_directions(
@@ -126,6 +117,8 @@ class GaLore(ProjectedOptimizer):
         gap: T >= 1, steps between two changes of basis.
         scale: α > 0, multiplies lr in projected groups.
         side: see `sides`.
+        spread: change the bases of a group one after the other within each gap, so that no step is much longer than
+            the others; False changes them all in the same step.
         weight_decay: λ >= 0, decoupled.
         basis: how to find the projectors, see `projectors`.
         own: further options of a subclass.
@@ -144,13 +137,14 @@ class GaLore(ProjectedOptimizer):
         gap: int = 200,
         scale: float = 0.25,
         side: str = "smaller",
+        spread: bool = False,
         weight_decay: float = 0.0,
         basis: Basis = gram_basis,
         own: dict[str, Any] | None = None,
     ) -> None:
         self.basis = basis
-        shared = {"lr": lr, "rank": rank, "gap": gap, "scale": scale, "side": side, "weight_decay": weight_decay}
-        super().__init__(params, {**shared, **(own or {})})
+        shared = {"lr": lr, "rank": rank, "gap": gap, "scale": scale, "side": side, "spread": spread}
+        super().__init__(params, {**shared, "weight_decay": weight_decay, **(own or {})})
 
     def __getstate__(self) -> dict[str, Any]:
         """Let a copy keep the basis: PyTorch would carry over only its own three attributes."""
@@ -158,18 +152,25 @@ class GaLore(ProjectedOptimizer):
 
     def update(self, ps: list[Tensor], group: dict[str, Any]) -> None:
         """Take one step of each parameter from its gradient."""
-        states, grads, bases = [self.state[p] for p in ps], [p.grad for p in ps if p.grad is not None], []
-        for G, state in zip(grads, states):
+        states, grads = [self.state[p] for p in ps], [p.grad for p in ps if p.grad is not None]
+        for state in states:
             state["step"] = state.get("step", 0) + 1
-            if group["rank"] is not None and (state["step"] - 1) % group["gap"] == 0:
-                state.update(projectors(G, group["rank"], side=group["side"], basis=self.basis, old=state))
-            bases.append({key: state[key] for key in ("left", "right") if key in state})
-        R = [project(G, **basis) for G, basis in zip(grads, bases)]
+        if group["rank"] is not None:
+            due = [i for i, p in enumerate(ps) if self.due(p, states[i]["step"], group)]
+            asked = ([grads[i] for i in due], [states[i] for i in due], group["rank"])
+            for i, found in zip(due, in_batches(projectors, *asked, side=group["side"], basis=self.basis)):
+                states[i].update(found)
+        bases = [{key: state[key] for key in ("left", "right") if key in state} for state in states]
         factor = -group["lr"] * (group["scale"] if group["rank"] is not None else 1.0)
-        for p, N, basis in zip(ps, self.directions(R, states, group), bases):
-            add_back(p, N, factor, **basis)
-            if group["weight_decay"]:
-                p.mul_(1 - group["lr"] * group["weight_decay"])
+        keep = 1 - group["lr"] * group["weight_decay"]
+        rest = self.quick_steps(ps, states, bases, group, factor, keep)
+        R = [project(grads[i], **bases[i]) for i in rest]
+        for i, N in zip(rest, self.directions(R, [states[i] for i in rest], group)):
+            add_back(ps[i], N, factor, keep=keep, **bases[i])
+
+    def quick_steps(self, ps: list[Tensor], *more: Any) -> list[int]:
+        """Take the steps that a faster equal form exists for, and return the numbers of the others: here all."""
+        return list(range(len(ps)))
 
     def directions(self, R: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Iterable[Tensor]:
         """Return the steps for (projected) gradients R, of their shapes, and update their states."""
@@ -211,12 +212,20 @@ class GaLoreAdamW(GaLore):
         check_number("eps", group["eps"], low=0)
 
     def directions(self, R: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Iterable[Tensor]:
-        """Return Adam's directions."""
+        """Return Adam's directions; on a GPU in one pass, where all are of one dtype and step."""
         for r, state in zip(R, states):
             if "M" not in state:
                 state["M"], state["V"] = torch.zeros_like(r), torch.zeros_like(r)
         M, V, steps = ([state[key] for state in states] for key in ("M", "V", "step"))
-        return adam_directions(R, M, V, steps, betas=group["betas"], eps=group["eps"])
+        if not R or not R[0].is_cuda or len({(r.device, r.dtype, step) for r, step in zip(R, steps)}) > 1:
+            return adam_directions(R, M, V, steps, betas=group["betas"], eps=group["eps"])
+        N = [torch.zeros_like(r) for r in R]
+        add_adam(N, R, M, V, steps[0], 1.0, group)
+        return N
+
+    def quick_steps(self, ps: list[Tensor], *more: Any) -> list[int]:
+        """Use the Triton kernels where they apply."""
+        return kernel_steps(ps, *more)
 
 
 class GaLoreSGD(GaLore):

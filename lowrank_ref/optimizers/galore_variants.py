@@ -36,6 +36,10 @@ class GaLoreAdamW8bit(GaLoreAdamW):
         """Return Adam's directions, one at a time: decoding the moments of all at once would take their memory."""
         return GaLore.directions(self, R, states, group)
 
+    def quick_steps(self, ps: list[Tensor], *more: Any) -> list[int]:
+        """Return all: the kernels know no 8-bit moments."""
+        return list(range(len(ps)))
+
     def direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """Return Adam's direction."""
         if R.numel() < SMALLEST_8BIT:

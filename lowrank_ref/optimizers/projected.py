@@ -16,8 +16,8 @@ TOGETHER = 32
 class ProjectedOptimizer(torch.optim.Optimizer):
     """An optimizer whose groups may carry a "rank". A subclass defines `update(ps, group)`, a step of some parameters.
 
-    Every group has the options lr, rank (or None), gap, scale, side and weight_decay, and the name of the optimizer and
-    the shapes of its parameters, by which a state is recognised on loading.
+    Every group has the options lr, rank (or None), gap, scale, side, spread and weight_decay, and the name of the
+    optimizer and the shapes of its parameters, by which a state is recognised on loading.
     """
 
     def __init__(self, params: Any, options: dict[str, Any]) -> None:
@@ -26,6 +26,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def update(self, ps: list[Tensor], group: dict[str, Any]) -> None:
         """Take one step of each of these parameters of a group, from its gradient."""
         raise NotImplementedError
+
+    def due(self, p: Tensor, step: int, group: dict[str, Any]) -> bool:
+        """Tell whether a parameter changes its basis in this step, which counts from 1.
+
+        All do in the first step; then every `gap` steps, in a group with "spread" one after the other.
+        """
+        place = next(i for i, other in enumerate(group["params"]) if other is p) if group["spread"] else 0
+        later = place * group["gap"] // len(group["params"])
+        return step == 1 or (step - 1 - later) % group["gap"] == 0
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking its options."""

@@ -1,0 +1,114 @@
+"""Steps of many matrices at once, for GaLore and optimizers like it: batched bases, Adam in one pass, Triton kernels.
+
+Each function equals a plain definition in `galore.py` up to rounding; tests hold them together.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank_ref.core.linalg import subspace_basis
+from lowrank_ref.kernels import have_triton
+
+#: Bases that take several gradients of one shape at once, and how many numbers these may hold together (0.25 GiB).
+BATCHED, MOST_NUMBERS = (subspace_basis,), 2**26
+
+
+def in_batches(
+    projectors: Callable[..., dict[str, Tensor]],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
+    rank: int,
+    *,
+    side: str,
+    basis: Callable[..., Tensor],
+) -> list[dict[str, Tensor]]:
+    """Return the `projectors` of each gradient; those of one shape together, where the basis takes batches.
+
+    Args:
+        projectors: `galore.projectors`.
+        states: hold the last bases, if any.
+    """
+    found: list[dict[str, Tensor]] = [{} for _ in grads]
+    for shape in dict.fromkeys(G.shape for G in grads):
+        mine = [i for i, G in enumerate(grads) if G.shape == shape]
+        size = max(1, MOST_NUMBERS // shape.numel()) if basis in BATCHED else 1
+        for chunk in (mine[i : i + size] for i in range(0, len(mine), size)):
+            if len(chunk) == 1:
+                found[chunk[0]] = projectors(grads[chunk[0]], rank, side=side, basis=basis, old=states[chunk[0]])
+                continue
+            keys = [key for key in ("left", "right") if all(key in states[i] for i in chunk)]
+            old = {key: torch.stack([states[i][key] for i in chunk]) for key in keys}
+            together = projectors(torch.stack([grads[i] for i in chunk]), rank, side=side, basis=basis, old=old)
+            for key, bases in together.items():
+                for i, P in zip(chunk, bases):
+                    found[i][key] = P.clone()  # a view would keep all of the batch alive
+    return found
+
+
+def add_back(
+    W: Tensor,
+    N: Tensor,
+    factor: float,
+    *,
+    keep: float = 1.0,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+) -> None:
+    """Set W to keep · (W + factor · `galore.project_back` (N)) in place, without forming the (m, n) direction beside W."""
+    if right is not None:
+        W.addmm_(N if left is None else left @ N, right.T, alpha=keep * factor, beta=keep)
+    elif left is not None:
+        W.addmm_(left, N, alpha=keep * factor, beta=keep)
+    else:
+        W.mul_(keep).add_(N, alpha=keep * factor)
+
+
+def add_adam(
+    W: list[Tensor], R: list[Tensor], M: list[Tensor], V: list[Tensor], step: int, factor: float, group: dict[str, Any]
+) -> None:
+    """Update the moments and add factor · `galore.adam_directions` to W, in place, in one pass over the memory.
+
+    It is PyTorch's fused Adam, which adds its ε after bias correction: hence ε/√(1 - β₂ᵗ). Computed in float32 or
+    wider.
+    """
+    beta1, beta2 = group["betas"]
+    options = {"beta1": beta1, "beta2": beta2, "eps": group["eps"] / math.sqrt(1 - beta2**step), "weight_decay": 0.0}
+    steps: Any = [torch.tensor(float(step), device=W[0].device)] * len(W)
+    torch._fused_adam_(W, R, M, V, [], steps, lr=-factor, amsgrad=False, maximize=False, **options)
+
+
+def kernel_steps(
+    ps: list[Tensor],
+    states: list[dict[str, Any]],
+    bases: list[dict[str, Tensor]],
+    group: dict[str, Any],
+    factor: float,
+    keep: float,
+) -> list[int]:
+    """Take GaLore's steps of those matrices that `kernels.galore` takes; return the numbers of the others.
+
+    Moments that do not exist yet are made. See `galore.add_back` for factor and keep.
+    """
+    if not ps or not ps[0].is_cuda or not have_triton():
+        return list(range(len(ps)))
+    from lowrank_ref.kernels import galore as kernels
+
+    groups: dict[Any, list[int]] = {}
+    for i, (p, state, basis) in enumerate(zip(ps, states, bases)):
+        if len(basis) == 1 and p.grad is not None and kernels.usable([p, p.grad, *basis.values()]):
+            ((side, P),) = basis.items()
+            groups.setdefault((p.shape, P.shape, p.dtype, side, state["step"]), []).append(i)
+            if "M" not in state:
+                r, (m, n) = P.shape[1], p.shape
+                state["M"], state["V"] = (p.new_zeros((r, n) if side == "left" else (m, r)) for _ in "MV")
+    for (*_, side, step), mine in groups.items():
+        grads: Any = [ps[i].grad for i in mine]
+        M, V, bases_of = ([states[i][key] for i in mine] for key in ("M", "V", side))
+        N = kernels.project_adam(grads, M, V, bases_of, side, step, group["betas"], group["eps"])
+        kernels.add_back([ps[i] for i in mine], N, bases_of, side, factor, keep)
+    done = {i for mine in groups.values() for i in mine}
+    return [i for i in range(len(ps)) if i not in done]
