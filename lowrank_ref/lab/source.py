@@ -56,11 +56,10 @@ class Beside:
     terms: str  # JSON for the page: number, TeX with classes around its terms, places of each in the code
 
     def _repr_markdown_(self) -> str:
+        # Without a backslash no reader of Markdown takes TeX in the attribute for a formula. Blank lines end the HTML.
+        terms = escape(self.terms).replace("\\", "&#92;")
         code = self.code._repr_markdown_()
-        # Blank lines end the HTML, so that equation and code are read as Markdown everywhere.
-        return (
-            f'<div class="lr-beside" data-terms="{escape(self.terms)}">\n\n$$\n{self.equation}\n$$\n\n{code}\n\n</div>'
-        )
+        return f'<div class="lr-beside" data-terms="{terms}">\n\n$$\n{self.equation}\n$$\n\n{code}\n\n</div>'
 
     def __repr__(self) -> str:
         return f"{self.equation}\n\n{self.code}"

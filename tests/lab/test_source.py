@@ -41,7 +41,7 @@ def test_beside_shows_equation_and_code():
     assert repr(pair) == r"\Delta W = s\,BA \tag{3}" + f"\n\n{source(delta_weight)}"
     shown = pair._repr_markdown_().split("\n\n")
     assert shown[1:] == ["$$\n\\Delta W = s\\,BA \\tag{3}\n$$", source(delta_weight)._repr_markdown_(), "</div>"]
-    assert shown[0].startswith('<div class="lr-beside" data-terms="')
+    assert shown[0].startswith('<div class="lr-beside" data-terms="') and "\\" not in shown[0]
 
 
 def test_beside_finds_every_place_of_a_term():
