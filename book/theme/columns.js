@@ -40,10 +40,11 @@ function splitLines(pre) {
 
 // Wrap the letters from..to, which may lie in several of the highlighter's elements; the first place can be focused.
 function mark(pre, from, to, name, stop) {
-  const walker = document.createTreeWalker(pre, NodeFilter.SHOW_TEXT), parts = [];
+  const walker = document.createTreeWalker(pre, NodeFilter.SHOW_TEXT), whole = pre.textContent, parts = [];
   for (let start = 0; walker.nextNode(); start += walker.currentNode.length) {
     const node = walker.currentNode, a = Math.max(from - start, 0), b = Math.min(to - start, node.length);
-    if (a < b && node.data.slice(a, b).trim()) parts.push([node, a, b]);
+    const indent = /\n\s*$/.test(whole.slice(0, start + a)) && !node.data.slice(a, b).trim();
+    if (a < b && !indent) parts.push([node, a, b]);
   }
   parts.forEach(([node, a, b], i) => {
     const range = document.createRange(), span = document.createElement("span");

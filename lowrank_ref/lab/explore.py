@@ -35,7 +35,8 @@ border:1px solid color-mix(in srgb,currentColor 22%,transparent)}
 .lr-explore .lr-caption{margin:.6em 0 .2em;font-size:.88em;line-height:1.45;opacity:.85}
 .lr-explore .lr-said{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 @media(pointer:coarse){.lr-explore input{height:44px}}
-@media print{.lr-explore{break-inside:avoid}.lr-explore input{display:none}}
+@media print{.lr-explore{break-inside:avoid}.lr-explore input{display:none}
+.lr-explore .lr-controls{grid-template-columns:auto 1fr}}
 @media(max-width:480px){.lr-explore{padding:.7em .6em .5em}.lr-explore .lr-controls{display:block}
 .lr-explore .lr-row{display:grid;grid-template:"name value" "input input"/1fr auto}
 .lr-explore .lr-name{grid-area:name}.lr-explore input{grid-area:input}
