@@ -187,6 +187,7 @@ class PhotoExplorer:
             ("The photograph at the chosen rank", f"rank <b data-rank>{r}</b>", self.best),
             ("What the rank lacks; gray means nothing", "what it lacks", 0.5 + photo - self.best),
         ]
+        # Outside the theme's dark filter: gray values are the point here.
         pair = "".join(
             f'<div><img class="dark-light" alt="{alt}" width="{columns}" height="{rows}" '
             f'src="data:image/png;base64,{base64.b64encode(png(values)).decode()}">{name}</div>'
@@ -206,8 +207,8 @@ class PhotoExplorer:
             f'<circle data-dot r="5" cx="{wide * r / self.most:.1f}" cy="{high * (1 - y / TOP):.1f}" fill="{colour}"/>'
             for y, colour in zip((error, share), PALETTE)
         )
-        chart = chart.replace("<svg x=", '<svg overflow="visible" x=')  # for dots at the ends
-        chart = chart.replace("\n</svg>", f"\n{dots}\n</svg>", 1)  # the first one closes the part inside the axes
+        drawn = chart.replace("<svg x=", '<svg overflow="visible" x=')  # for dots at the ends
+        drawn = drawn.replace("\n</svg>", f"\n{dots}\n</svg>", 1)  # the first one closes the part inside the axes
         numbers = [
             ("error", f"{100 * error:.1f} %", error, PALETTE[0]),
             ("two factors", f"{round(share * whole):,} bytes", share, PALETTE[1]),
@@ -219,7 +220,7 @@ class PhotoExplorer:
             for name, value, y, colour in numbers
         )
         return (
-            f'{_STYLE}\n<div data-frame="{r}">\n<div class="lr-pair">{pair}</div>\n{chart}\n'
+            f'{_STYLE}\n<div data-frame="{r}">\n<div class="lr-pair">{pair}</div>\n{drawn}\n'
             f'<dl class="lr-bars">\n{bars}\n</dl>\n</div>'
         )
 
