@@ -187,9 +187,9 @@ class PhotoExplorer:
             ("The photograph at the chosen rank", f"rank <b data-rank>{r}</b>", self.best),
             ("What the rank lacks; gray means nothing", "what it lacks", 0.5 + photo - self.best),
         ]
-        # Outside the theme's dark filter: gray values are the point here.
+        # Without the theme's filter and frame for dark pages: gray values are the point here.
         pair = "".join(
-            f'<div><img class="dark-light" alt="{alt}" width="{columns}" height="{rows}" '
+            f'<div><img class="dark-light" style="padding:0" alt="{alt}" width="{columns}" height="{rows}" '
             f'src="data:image/png;base64,{base64.b64encode(png(values)).decode()}">{name}</div>'
             for alt, name, values in pictures
         )
