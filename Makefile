@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: help book test unit notebooks lab clean
+.PHONY: help book test unit notebooks fresh lab clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | expand -t 12
@@ -21,6 +21,9 @@ unit: $(INSTALLED) ## the unit tests only
 notebooks: $(INSTALLED) ## run the chapters in place and refresh their outputs
 	@$(RUN) tests/benchmarks/bench_comparison.py --out book/results/comparison.json
 	@$(RUN) book/tools/execute.py --in-place
+
+fresh: $(INSTALLED) ## run the chapters as Colab would: alone, with what they install
+	@$(RUN) book/tools/fresh.py
 
 lab: $(INSTALLED) ## open the chapters in JupyterLab
 	@$(RUN) -m jupyterlab book

@@ -3,6 +3,8 @@
 `explore` calls a function on a small grid, stores the results in the output, and adds native sliders with a few lines
 of plain JavaScript. Without JavaScript the middle frame stays visible. With a kernel, `.live()` is the same function
 behind ipywidgets.
+
+A screen reader hears the slider's own value at once, and the numbers below the figure when the slider has come to rest.
 """
 
 import hashlib
@@ -31,34 +33,59 @@ border:1px solid color-mix(in srgb,currentColor 22%,transparent)}
 .lr-explore input{width:100%;height:1.9em;margin:0;accent-color:#0072b2;cursor:pointer}
 .lr-explore output{font-weight:600;font-variant-numeric:tabular-nums}
 .lr-explore .lr-caption{margin:.6em 0 .2em;font-size:.88em;line-height:1.45;opacity:.85}
+.lr-explore .lr-said{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+@media(pointer:coarse){.lr-explore input{height:44px}}
+@media print{.lr-explore{break-inside:avoid}.lr-explore input{display:none}
+.lr-explore .lr-controls{grid-template-columns:auto 1fr}}
 @media(max-width:480px){.lr-explore{padding:.7em .6em .5em}.lr-explore .lr-controls{display:block}
 .lr-explore .lr-row{display:grid;grid-template:"name value" "input input"/1fr auto}
 .lr-explore .lr-name{grid-area:name}.lr-explore input{grid-area:input}
-.lr-explore output{grid-area:value;text-align:right}}
+.lr-explore output{grid-area:value;min-width:0!important;text-align:right}}
 </style>"""
 
+# Says the numbers of a frame, or else the names of its pictures, once the slider has rested: not at every step.
+TELL = """
+  const said = root.querySelector("[role=status]");
+  let rest;
+  const tell = () => {
+    clearTimeout(rest);
+    rest = setTimeout(() => {
+      const numbers = [...root.querySelectorAll("[data-frame] dt")].map(
+        name => name.textContent + " " + name.nextElementSibling.textContent);
+      const pictures = [...root.querySelectorAll("[data-frame] [aria-label]")].map(picture => picture.ariaLabel);
+      said.textContent = (numbers.length ? numbers : pictures).join("; ");
+    }, 600);
+  };"""
+
 # Frames are lists of line numbers; together the lines of a frame are its HTML.
-_SCRIPT = """<script>
+_SCRIPT = (
+    """<script>
 document.querySelectorAll('[id="%s"]:not([data-ready])').forEach(root => {
   root.dataset.ready = "";
   const {lines, frames, shown} = JSON.parse(root.querySelector("[data-frames]").textContent);
   const inputs = [...root.querySelectorAll("input")], outputs = [...root.querySelectorAll("output")];
-  const place = root.querySelector("[data-frame]");
+  const place = root.querySelector("[data-frame]");"""
+    + TELL
+    + """
   const draw = () => {
     let index = 0;
     inputs.forEach((input, k) => {
       const text = shown[k][+input.value];
       index = index * shown[k].length + +input.value;
       input.setAttribute("aria-valuetext", text);
-      if (outputs[k].textContent !== text) outputs[k].textContent = text;
+      outputs[k].textContent = text;
     });
     place.dataset.frame = index;
     place.innerHTML = frames[index].map(i => lines[i]).join("\\n");
   };
-  inputs.forEach(input => input.addEventListener("input", draw));
+  inputs.forEach(input => {
+    input.disabled = false;
+    input.addEventListener("input", () => { draw(); tell(); });
+  });
   draw();
 });
 </script>"""
+)
 
 
 def explore(
@@ -68,6 +95,7 @@ def explore(
     alt: str,
     caption: str = "",
     labels: Mapping[str, str] | None = None,
+    units: Mapping[str, str] | None = None,
     **grids: Sequence[Value],
 ) -> "Explorer":
     """Precompute `frame` on a grid and show it behind sliders.
@@ -80,6 +108,7 @@ def explore(
         alt: what a reader who does not see the figure should know.
         caption: what to look for, below the figure.
         labels: slider name -> text beside it, for example {"rank": "rank r"}.
+        units: slider name -> unit, shown and read aloud after each of its values, for example {"gap": "steps"}.
         grids: slider name -> its values, numbers or strings; 1 to 3 sliders, at least 2 values each, at most 200
             frames together.
 
@@ -87,8 +116,8 @@ def explore(
         An Explorer, which a notebook shows; its middle frame is the one visible without JavaScript.
 
     Raises:
-        ValueError: no slider or too many, a grid with a single value, labels for sliders that do not exist, ids or
-            scripts in a frame, or more than 150 kB of HTML.
+        ValueError: no slider or too many, a grid with a single value, labels or units for sliders that do not exist,
+            ids or scripts in a frame, or more than 150 kB of HTML.
         TypeError: a frame that is neither text nor a mapping.
 
     Example:
@@ -101,13 +130,23 @@ def explore(
     for name, values in grids.items():
         if len(values) < 2:
             raise ValueError(f"{name}: got {len(values)} value, wanted at least 2 to slide between")
-    if strangers := set(labels or {}) - set(grids):
-        raise ValueError(f"labels: got {sorted(strangers)}, wanted names of sliders: {sorted(grids)}")
+    for argument, given in {"labels": labels, "units": units}.items():
+        if strangers := set(given or {}) - set(grids):
+            raise ValueError(f"{argument}: got {sorted(strangers)}, wanted names of sliders: {sorted(grids)}")
     combinations = list(itertools.product(*grids.values()))
     if len(combinations) > MOST_FRAMES:
         raise ValueError(f"grids: got {len(combinations)} frames, wanted at most {MOST_FRAMES}")
     frames = {values: _html(frame(**dict(zip(grids, values)))) for values in combinations}
-    return Explorer(frame, frames, {k: tuple(v) for k, v in grids.items()}, title, alt, caption, dict(labels or {}))
+    return Explorer(
+        frame,
+        frames,
+        {k: tuple(v) for k, v in grids.items()},
+        title,
+        alt,
+        caption,
+        dict(labels or {}),
+        dict(units or {}),
+    )
 
 
 class Explorer:
@@ -122,8 +161,13 @@ class Explorer:
         alt: str,
         caption: str,
         labels: dict[str, str],
+        units: dict[str, str],
     ):
         self.frame, self.frames, self.grids, self.labels = frame, frames, grids, labels
+        self.shown = {
+            name: [_show(v) + (f" {units[name]}" if name in units else "") for v in values]
+            for name, values in grids.items()
+        }
         self.title, self.alt, self.caption = title, alt, caption
         self.html = self._build()
         size = len(self.html.encode())
@@ -136,31 +180,21 @@ class Explorer:
     def _build(self) -> str:
         lines: dict[str, int] = {}  # line -> its number; parts that frames share are stored once
         packed = [[lines.setdefault(line, len(lines)) for line in text.split("\n")] for text in self.frames.values()]
-        shown = [[_show(value) for value in values] for values in self.grids.values()]
-        data = json.dumps(
-            {"lines": list(lines), "frames": packed, "shown": shown}, ensure_ascii=False, separators=(",", ":")
-        ).replace("</", "<\\/")  # "</script>" inside a string must not end the element
         middles = [len(values) // 2 for values in self.grids.values()]
         middle = 0
         for k, values in zip(middles, self.grids.values()):
             middle = middle * len(values) + k
-        controls = "\n".join(
-            f'<div class="lr-row"><label><span class="lr-name">{escape(self.labels.get(name, name))}</span>'
-            f'<input type="range" min="0" max="{len(texts) - 1}" value="{k}" aria-valuetext="{escape(texts[k])}">'
-            # A fixed width for the value keeps the slider still while its value changes.
-            f'</label><output aria-live="polite" style="min-width:{max(map(len, texts))}ch">'
-            f"{escape(texts[k])}</output></div>"
-            for name, texts, k in zip(self.grids, shown, middles)
+        return box(
+            title=self.title,
+            alt=self.alt,
+            caption=self.caption,
+            frame=f'<div data-frame="{middle}">\n{list(self.frames.values())[middle]}\n</div>',
+            sliders=[
+                slider(self.labels.get(name, name), texts, k) for (name, texts), k in zip(self.shown.items(), middles)
+            ],
+            data={"lines": list(lines), "frames": packed, "shown": list(self.shown.values())},
+            script=_SCRIPT,
         )
-        caption = f'<p class="lr-caption">{escape(self.caption)}</p>\n' if self.caption else ""
-        body = (
-            f'role="group" aria-label="{escape(self.alt)}">\n{_STYLE}\n<p class="lr-title">{escape(self.title)}</p>\n'
-            f'<div data-frame="{middle}">\n{list(self.frames.values())[middle]}\n</div>\n'
-            f'<div class="lr-controls">\n{controls}\n</div>\n{caption}'
-            f'<script type="application/json" data-frames>{data}</script>\n'
-        )
-        name = "lr-" + hashlib.sha256(body.encode()).hexdigest()[:12]
-        return f'<div class="lr-explore" id="{name}" {body}{_SCRIPT % name}\n</div>'
 
     def live(self) -> Any:
         """Return ipywidgets sliders that call the function anew: for a kernel, and for finer thoughts than the grid."""
@@ -171,7 +205,7 @@ class Explorer:
 
         sliders = {
             name: widgets.SelectionSlider(
-                options=[(_show(v), v) for v in values],
+                options=list(zip(self.shown[name], values)),
                 value=values[len(values) // 2],
                 description=self.labels.get(name, name),
             )
@@ -183,8 +217,35 @@ class Explorer:
         return self.html
 
     def __repr__(self) -> str:
-        grids = ", ".join(f"{name} {_show(v[0])} ... {_show(v[-1])}" for name, v in self.grids.items())
+        grids = ", ".join(f"{name} {texts[0]} ... {texts[-1]}" for name, texts in self.shown.items())
         return f"Explorer({self.title!r}, {len(self.frames)} frames: {grids})"
+
+
+def slider(label: str, texts: Sequence[str], start: int) -> str:
+    """HTML of one slider over named values; it stays disabled where scripts do not run."""
+    text = escape(texts[start])
+    return (
+        f'<div class="lr-row"><label><span class="lr-name">{escape(label)}</span>'
+        f'<input type="range" min="0" max="{len(texts) - 1}" value="{start}" aria-valuetext="{text}" '
+        # A fixed width for the value keeps the slider still while its value changes.
+        f'autocomplete="off" disabled></label><output aria-live="off" style="min-width:{max(map(len, texts))}ch">'
+        f"{text}</output></div>"
+    )
+
+
+def box(*, title: str, alt: str, caption: str, frame: str, sliders: Sequence[str], data: object, script: str) -> str:
+    """The box that all explorers share: title, figure, sliders, caption, data, and a script that finds it by its id."""
+    controls = "\n".join(sliders)
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = text.replace("</", "<\\/")  # "</script>" inside a string must not end the element
+    below = f'<p class="lr-caption">{escape(caption)}</p>\n' if caption else ""
+    body = (
+        f'role="group" aria-label="{escape(alt)}">\n{_STYLE}\n<p class="lr-title">{escape(title)}</p>\n{frame}\n'
+        f'<div class="lr-controls">\n{controls}\n</div>\n<div class="lr-said" role="status"></div>\n{below}'
+        f'<script type="application/json" data-frames>{text}</script>\n'
+    )
+    name = "lr-" + hashlib.sha256(body.encode()).hexdigest()[:12]
+    return f'<div class="lr-explore" id="{name}" {body}{script.replace("%s", name, 1)}\n</div>'
 
 
 def _html(frame: object) -> str:

@@ -2,42 +2,29 @@
 
 import json
 import textwrap
-import urllib.request
-from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
 __all__ = ["provenance", "stored"]
 
+# The repository's folder, or its copy inside an installed package, which is all that a notebook in Colab has.
+_FOLDERS = (Path(__file__).parents[2] / "book" / "results", Path(__file__).with_name("_results"))
+
 
 def stored(name: str) -> dict[str, Any]:
     """Return the results file `book/results/<name>.json`.
-
-    Looked for in the `results` folder beside the chapter's folder; where the notebook stands alone, as in Colab, it is
-    fetched from the repository.
 
     Args:
         name: file name without suffix, such as "lora_scale".
 
     Raises:
-        FileNotFoundError: no such file here, and none can be fetched.
+        FileNotFoundError: no such file.
     """
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        for path in (folder / "results" / f"{name}.json", folder / "book" / "results" / f"{name}.json"):
-            if path.exists():
-                return json.loads(path.read_text())
-    url = _repository() + f"/raw/main/book/results/{name}.json"
-    try:
-        with urllib.request.urlopen(url, timeout=20) as answer:
-            return json.loads(answer.read())
-    except OSError as error:
-        raise FileNotFoundError(f"name: got {name!r}, wanted a file in book/results/, here or at {url}") from error
-
-
-def _repository() -> str:
-    links = dict(line.split(", ", 1) for line in metadata("lowrank-ref").get_all("Project-URL") or [])
-    return links.get("Repository", "")
+    for folder in _FOLDERS:
+        path = folder / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+    raise FileNotFoundError(f"name: got {name!r}, wanted a file in {' or '.join(map(str, _FOLDERS))}")
 
 
 def provenance(part: dict[str, Any]) -> str:

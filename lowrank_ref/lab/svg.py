@@ -221,7 +221,7 @@ def image(
         x, y = (i % columns) * (cell + gap), (i // columns) * (row + gap)
         unit = (a - low) / (high - low if high > low else 1.0)
         pixels = _diverging(unit) if signed and a.ndim == 2 else unit
-        data = base64.b64encode(_png(pixels)).decode()
+        data = base64.b64encode(png(pixels)).decode()
         out.append(
             f'<image x="{_n(x)}" y="{_n(y)}" width="{_n(cell)}" height="{_n(tall)}" style="image-rendering:pixelated"'
             f' preserveAspectRatio="xMidYMid" href="data:image/png;base64,{data}"/>'
@@ -411,7 +411,7 @@ def _diverging(unit: np.ndarray) -> np.ndarray:
     return white[:, None, None] + np.abs(t) * (end - white[:, None, None])
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def png(pixels: np.ndarray) -> bytes:
     """Encode (H, W) or (3, H, W) in [0, 1] as PNG with the standard library: the same bytes on every machine."""
     bytes_ = (np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8)
     rows = bytes_ if bytes_.ndim == 2 else bytes_.transpose(1, 2, 0).reshape(bytes_.shape[1], -1)

@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import importlib
 import json
 import re
 
@@ -162,6 +163,42 @@ def test_three_exercises_with_solutions(paper):
     solutions = re.findall(r"^:::+\{solution(?:-start)?\} (\S+)$", text, re.MULTILINE)
     assert len(exercises) >= 3
     assert sorted(solutions) == sorted(exercises)
+
+
+@each_paper
+def test_equations_stand_beside_their_code(paper):
+    """At least two pairs, each with a number of its own, first in each a public function of the paper's part."""
+    modules = [name for name in api_pages.public_modules() if name.startswith(f"lowrank_ref.{paper.part}.")]
+    public = {
+        name
+        for module in modules
+        for name, thing in vars(importlib.import_module(module)).items()
+        if not name.startswith("_") and getattr(thing, "__module__", "") == module
+    }
+    pairs = [
+        node
+        for cell in cells(BOOK / paper.part / f"{paper.key}.ipynb", "code")
+        for node in ast.walk(parsed(cell))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "beside"
+    ]
+    numbers = [ast.unparse(pair.args[0]) for pair in pairs]
+    assert len(pairs) >= 2 and len(set(numbers)) == len(numbers)
+    for pair in pairs:
+        function = ast.unparse(pair.args[2])
+        assert public & set(function.split(".")), f"{function}: wanted a public function of {modules}"
+
+
+@each_chapter
+def test_chapter_opens_with_an_explorer(path):
+    """Before its second section, every page shows something to move."""
+    sections = 0
+    for cell in nbformat.read(path, as_version=4).cells:
+        sections += len(re.findall(r"^## ", cell.source, re.MULTILINE)) if cell.cell_type == "markdown" else 0
+        if any('class="lr-explore"' in text for output in cell.get("outputs", []) for text in texts(output)):
+            break
+    else:
+        raise AssertionError("no explorer")
+    assert sections <= 1
 
 
 @each_chapter

@@ -4,11 +4,12 @@ import asyncio
 import json
 
 import execute
+import fresh
 import nbformat
 import pytest
 from api_pages import tables_as_rst
 from convert import convert
-from links import install_cell
+from links import chapters, install_cell
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 CHAPTER = """# %% [markdown]
@@ -128,3 +129,19 @@ def test_tables_of_docstrings():
         *["Head.", "", "", ".. list-table::", "   :header-rows: 1", ""],
         *["   * - paper", "     - here", "   * - eq. 3", "     - `update`", "", "Tail."],
     ]
+
+
+def test_a_fresh_notebook_stands_alone_and_installs_the_wheel(tmp_path):
+    wheel = tmp_path / "lowrank_ref-0.1.0-py3-none-any.whl"
+    for path in chapters():
+        copy = fresh.alone(path, tmp_path, wheel)
+        assert [file.name for file in copy.parent.iterdir()] == [path.name]
+        code = [cell.source for cell in nbformat.read(copy, as_version=4).cells if cell.cell_type == "code"]
+        assert f'%pip install -q "lowrank-ref[book] @ {wheel.as_uri()}"' in code[0]
+        assert code[1:] == [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"][1:]
+
+
+def test_a_fresh_notebook_must_install(tmp_path):
+    path = save(tmp_path / "a.ipynb", "print(1)")
+    with pytest.raises(ValueError, match="a.ipynb: its first cell does not install"):
+        fresh.alone(path, tmp_path, tmp_path / "x.whl")

@@ -1,10 +1,9 @@
 import json
 import re
-import shutil
 
 import pytest
 
-from lowrank_ref.lab.explore import Explorer, explore
+from lowrank_ref.lab.explore import explore
 from lowrank_ref.lab.svg import line_chart
 
 
@@ -53,7 +52,16 @@ def test_accessible_structure():
     assert re.search(
         r'<label><span[^>]*>rank r</span><input type="range" min="0" max="2" value="1"[^>]*></label>', e.html
     )
-    assert '<output aria-live="polite"' in e.html
+    assert e.html.count('aria-live="off"') == 1 and e.html.count('role="status"') == 1  # one voice only
+
+
+def test_units_follow_every_value():
+    e = explore(
+        lambda gap: {"n": gap}, title="t", alt="a", labels={"gap": "period"}, units={"gap": "steps"}, gap=[1, 20]
+    )
+    assert 'aria-valuetext="20 steps"' in e.html and ">20 steps</output>" in e.html
+    assert data(e)[1]["shown"] == [["1 steps", "20 steps"]]
+    assert repr(e) == "Explorer('t', 2 frames: gap 1 steps ... 20 steps)"
 
 
 def test_a_frame_cannot_end_the_script():
@@ -81,6 +89,7 @@ def test_shared_lines_are_stored_once():
         (lambda: small(a=[1]), "a: got 1 value"),
         (lambda: small(a=list(range(15)), b=list(range(14))), "got 210 frames"),
         (lambda: explore(lambda a: "x", title="t", alt="a", labels={"b": "?"}, a=[1, 2]), r"labels: got \['b'\]"),
+        (lambda: explore(lambda a: "x", title="t", alt="a", units={"b": "?"}, a=[1, 2]), r"units: got \['b'\]"),
         (lambda: explore(lambda a: '<g id="x"/>', title="t", alt="a", a=[1, 2]), "an id or a script"),
         (lambda: explore(lambda a: "<script>", title="t", alt="a", a=[1, 2]), "an id or a script"),
         (lambda: explore(lambda a: str(a) * 100_000, title="t", alt="a", a=[1, 2]), r"got \d{3},\d{3} bytes"),
@@ -110,53 +119,70 @@ def test_live_calls_the_same_function():
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium installed")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-def show(browser, tmp_path, *explorers: Explorer, width=800, javascript=True):
-    file = tmp_path / "page.html"
-    body = "\n".join(e.html for e in explorers)
-    file.write_text(
-        f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">{body}',
-        encoding="utf-8",
-    )
-    page = browser.new_page(viewport={"width": width, "height": 700}, java_script_enabled=javascript)
-    page.problems = []
-    page.on("console", lambda message: page.problems.append(message.text))
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
-    page.goto(file.as_uri())
-    return page
-
-
 @pytest.mark.browser
-def test_keyboard_moves_the_figure_and_says_the_value(browser, tmp_path):
-    page = show(browser, tmp_path, small(a=[1, 2, 3], b=["x", "y"]))
+def test_keyboard_moves_the_figure_and_says_the_value(show):
+    page = show(small(a=list(range(1, 24)), b=["x", "y"]))
     first = page.get_by_label("a", exact=True)
-    assert page.locator("dd").all_inner_texts() == ["2", "y"]
+    assert page.locator("dd").all_inner_texts() == ["12", "y"]
     first.focus()
-    page.keyboard.press("ArrowRight")
-    assert page.locator("output").all_inner_texts() == ["3", "y"]
-    assert page.locator("dd").all_inner_texts() == ["3", "y"]
-    assert first.get_attribute("aria-valuetext") == "3"
+    for key, value in {"ArrowRight": 13, "ArrowDown": 12, "PageUp": 14, "PageDown": 12, "Home": 1, "End": 23}.items():
+        page.keyboard.press(key)
+        assert first.get_attribute("aria-valuetext") == str(value), key
+        assert page.locator("output").all_inner_texts() == [str(value), "y"]
+        assert page.locator("dd").all_inner_texts() == [str(value), "y"]
     page.get_by_label("b", exact=True).focus()
     page.keyboard.press("Home")
-    assert page.locator("dd").all_inner_texts() == ["3", "x"]
-    assert page.locator("[data-frame]").get_attribute("data-frame") == "4"
+    assert page.locator("dd").all_inner_texts() == ["23", "x"]
+    assert page.locator("[data-frame]").get_attribute("data-frame") == "44"
     assert page.problems == []
 
 
 @pytest.mark.browser
-def test_two_explorers_and_two_copies_of_one_work_apart(browser, tmp_path):
-    page = show(browser, tmp_path, small(a=[1, 2, 3]), small(a=[1, 2, 4]), small(a=[1, 2, 3]))
+def test_mouse_and_touch_move_the_figure(show):
+    page = show(small(a=[1, 2, 3]), touch=True)
+    place = page.locator("input").bounding_box()
+    page.mouse.click(place["x"] + 3, place["y"] + place["height"] / 2)
+    assert page.locator("dd").all_inner_texts() == ["1"]
+    page.touchscreen.tap(place["x"] + place["width"] - 3, place["y"] + place["height"] / 2)
+    assert page.locator("dd").all_inner_texts() == ["3"]
+    assert place["height"] >= 44  # a finger's width
+    assert page.problems == []
+
+
+@pytest.mark.browser
+def test_the_frame_is_told_once_the_slider_rests(show):
+    chart = explore(
+        lambda r: line_chart({"a": ([0, 1], [0, r])}, x_label="x", y_label="y", alt=f"A line up to {r}."),
+        title="t", alt="line", r=[1, 2, 3],
+    )  # fmt: skip
+    page = show(small(a=list(range(9)), b=["x", "y"]), chart)
+    said = page.locator(".lr-said")
+    page.evaluate(
+        """() => { window.heard = []; new MutationObserver(() => heard.push(document.querySelector("[role=status]")
+           .textContent)).observe(document.querySelector("[role=status]"), {childList: true}); }"""
+    )
+    assert said.all_text_contents() == ["", ""]  # silent until something moves
+    page.get_by_label("a", exact=True).focus()
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
+    page.get_by_label("r", exact=True).press("Home")
+    page.wait_for_function("document.querySelectorAll('[role=status]')[1].textContent")
+    assert page.evaluate("heard") == ["a 8; b y"]  # once, not four times
+    assert said.nth(1).text_content() == "A line up to 1."
+    assert page.problems == []
+
+
+@pytest.mark.browser
+def test_prints_figure_and_values_without_sliders(show):
+    page = show(small(a=[1, 2, 3]))
+    page.emulate_media(media="print")
+    assert page.locator("dd").is_visible() and page.locator("output").is_visible()
+    assert not page.locator("input").is_visible()
+
+
+@pytest.mark.browser
+def test_two_explorers_and_two_copies_of_one_work_apart(show):
+    page = show(small(a=[1, 2, 3]), small(a=[1, 2, 4]), small(a=[1, 2, 3]))
     inputs = page.locator("input")
     inputs.nth(2).focus()
     page.keyboard.press("ArrowRight")
@@ -165,13 +191,14 @@ def test_two_explorers_and_two_copies_of_one_work_apart(browser, tmp_path):
 
 
 @pytest.mark.browser
-def test_fits_a_phone_and_needs_no_javascript(browser, tmp_path):
+def test_fits_a_phone_and_needs_no_javascript(show):
     chart = explore(
         lambda r: line_chart({"a long name": ([0, 1], [0, r])}, x_label="x", y_label="y"),
         title="A title of some length that must wrap on a phone", alt="a", labels={"r": "a rather long label"},
         r=[1, 2],
     )  # fmt: skip
-    page = show(browser, tmp_path, chart, small(word=["short", "a very long value that has to fit"]), width=360)
+    page = show(chart, small(word=["short", "a very long value that has to fit"]), width=360)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    still = show(browser, tmp_path, chart, javascript=False)
+    still = show(chart, javascript=False)
     assert still.locator(".lr-explore svg.lr-chart").count() == 1
+    assert still.locator("input").is_disabled()  # it would move nothing

@@ -1,12 +1,16 @@
-"""Stored results are found beside a chapter, or fetched."""
+"""Stored results are found in the repository and in an installed package."""
 
-import io
+import importlib.util
 import json
+import shutil
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from lowrank_ref.lab import results
 
+ROOT = Path(__file__).resolve().parents[2]
 PART = {
     "setting": "one model, " + "many words " * 8,
     "provenance": {
@@ -19,33 +23,31 @@ PART = {
 }
 
 
-def test_found_beside_the_chapter(tmp_path, monkeypatch):
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "x.json").write_text(json.dumps(PART))
-    (tmp_path / "adapters").mkdir()
-    monkeypatch.chdir(tmp_path / "adapters")
-    assert results.stored("x") == PART
+def test_every_file_of_the_repository_is_found():
+    names = {path.stem for path in (ROOT / "book" / "results").glob("*.json")}
+    assert "lora_scale" in names
+    for name in names:
+        assert results.stored(name) == json.loads((ROOT / "book" / "results" / f"{name}.json").read_text())
 
 
-def test_fetched_from_the_repository(tmp_path, monkeypatch):
-    asked = []
+def test_the_wheel_takes_them_along(tmp_path, monkeypatch):
+    """Where pip puts the package, the repository's folder is not beside it."""
+    hatch = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
+    assert hatch["wheel"]["force-include"] == {"book/results": "lowrank_ref/lab/_results"}
+    assert "book/results" in hatch["sdist"]["include"]
+    installed = tmp_path / "lowrank_ref" / "lab"
+    (installed / "_results").mkdir(parents=True)
+    (installed / "_results" / "x.json").write_text(json.dumps(PART))
+    shutil.copy(results.__file__, installed)
+    spec = importlib.util.spec_from_file_location("installed_results", installed / "results.py")
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    assert copy.stored("x") == PART
+    with pytest.raises(FileNotFoundError, match="name: got 'lora_scale'"):
+        copy.stored("lora_scale")
 
-    def answer(url, timeout):
-        asked.append(url)
-        return io.BytesIO(json.dumps(PART).encode())
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(results.urllib.request, "urlopen", answer)
-    assert results.stored("x") == PART
-    assert asked[0].startswith("https://") and asked[0].endswith("/raw/main/book/results/x.json")
-
-
-def test_missing_everywhere(tmp_path, monkeypatch):
-    def refuse(url, timeout):
-        raise OSError("no network")
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(results.urllib.request, "urlopen", refuse)
+def test_missing_everywhere():
     with pytest.raises(FileNotFoundError, match="name: got 'x'"):
         results.stored("x")
 

@@ -189,7 +189,7 @@ def test_bar_chart_refuses():
 
 
 def _pixels(picture):
-    """Decode every PNG of a picture with the standard library: filter 0, 8 bit, as `_png` writes them."""
+    """Decode every PNG of a picture with the standard library: filter 0, 8 bit, as `png` writes them."""
     for href in re.findall(r'base64,([^"]+)"', picture):
         png = base64.b64decode(href)
         assert png[:8] == b"\x89PNG\r\n\x1a\n"
