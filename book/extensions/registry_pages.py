@@ -72,7 +72,11 @@ def counted(claims: list[list[str]]) -> str:
 
 
 def table(
-    header: list[str], rows: list[list[str]], name: str, attributes: str = ""
+    header: list[str],
+    rows: list[list[str]],
+    name: str,
+    attributes: str = "",
+    css: str = "",
 ) -> str:
     """Rows of HTML cells in a box that scrolls by itself."""
     columns = "".join(f'<th scope="col">{title}</th>' for title in header)
@@ -82,7 +86,7 @@ def table(
     )
     return (
         f'<div class="lr-scroll" tabindex="0" role="region" aria-label="{name}">'
-        f'<table class="lr-table lr-wide"{attributes}>\n{head}\n'
+        f'<table class="lr-table lr-wide{css}"{attributes}>\n{head}\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
 
@@ -115,11 +119,10 @@ def claims(book: Path) -> str:
     for paper in papers().values():
         anchor, claimed = chapter(notebook_of(book, paper))
         for claim, where, measured, verdict in claimed:
-            cells = [
-                link(paper, anchor),
-                *map(escape, (claim, where, measured, verdict)),
-            ]
-            rows.append(cells)
+            told = f'<span class="lr-verdict" data-verdict="{verdict}">{verdict}</span>'
+            rows.append(
+                [link(paper, anchor), *map(escape, (claim, where, measured)), told]
+            )
     header = ["paper", "claim", "where", "measured here", "verdict"]
     script = '<script defer src="_static/ledger.js"></script>'
     return table(header, rows, "All claims", " data-ledger") + script
@@ -146,15 +149,20 @@ def status(book: Path) -> str:
                 [
                     link(paper, text=paper.title),
                     f"{paper.status} {paper.verified}".strip(),
-                    escape(paper.official_code) or "none known",
+                    official(paper),
                     f"{time['seconds']} s" if time else "",
                     escape(", ".join(hardware)) or "none",
-                    counted(claimed),
+                    counted(claimed).replace(", ", "<br>"),
                 ]
             )
     header = ["paper", "state", "official code", "runs in", "GPU result", "claims"]
-    text = table(header, rows, "State of all papers")
+    text = table(header, rows, "State of all papers", css=" lr-state")
     return summary(states, on_gpu, verdicts) + text
+
+
+def official(paper: PaperInfo) -> str:
+    code = paper.official_code
+    return f'<a href="https://github.com/{code}">{code}</a>' if code else "none known"
 
 
 def summary(states: Counter, on_gpu: int, verdicts: Counter) -> str:

@@ -20,6 +20,8 @@ def set_repository(app: Sphinx, config: Config) -> None:
         "use_issues_button": True,
         "use_source_button": True,
     }
+    # The canonical address of a page: the newest version, whichever one it is read in.
+    config.html_baseurl = links.site("latest") + "/"
     config.linkcode_resolve = source_of
 
 

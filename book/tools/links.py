@@ -41,6 +41,12 @@ def binder(path: str) -> str:
     return f"{BINDER}/{owner_and_name(repository())}/{BRANCH}?urlpath=lab/tree/{path}"
 
 
+def site(version: str = "") -> str:
+    """Where the pages are published, or one version of them: "latest", "v0.1"."""
+    owner, name = owner_and_name(repository()).split("/")
+    return f"https://{owner.lower()}.github.io/{name}" + f"/{version}" * bool(version)
+
+
 def install_target() -> str:
     """What pip is asked to install."""
     return f"lowrank-ref[book] @ git+{repository()}"
