@@ -3,7 +3,6 @@
 import functools
 import gzip
 import re
-import shutil
 import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -11,25 +10,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path += [str(ROOT / "book" / "tools"), str(ROOT / "book" / "extensions"), str(Path(__file__).parent)]
+HERE = Path(__file__).resolve().parent
+BOOK = HERE.parents[1] / "book"
+sys.path += [str(BOOK / "tools"), str(BOOK / "extensions"), str(HERE)]
 
-HTML = ROOT / "_build" / "html"
-CHROMIUM = shutil.which("chromium")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
-DESK = {"viewport": {"width": 1280, "height": 900}, "color_scheme": "light", "service_workers": "block"}
-#: What the theme itself complains about on every page.
-KNOWN_COMPLAINTS = ("Got invalid theme mode",)
-
-#: Nothing from elsewhere and no eval. Inline scripts and styles are the theme's, MathJax's and the explorers' own;
-#: small pictures stand in the pages as data.
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
-    "object-src 'none'; base-uri 'self'; form-action 'self'"
-)
+from reading import CHROMIUM, DESK, FLAGS, HTML, KNOWN_COMPLAINTS, POLICY  # noqa: E402
 
 
 class Server(SimpleHTTPRequestHandler):

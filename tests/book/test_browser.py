@@ -2,8 +2,7 @@
 
 import re
 
-from conftest import HTML, POLICY
-from reading import each_chapter, each_page, in_browser, read
+from reading import HTML, POLICY, each_chapter, each_page, in_browser, read
 
 from lowrank_ref.core.registry import papers
 

@@ -3,7 +3,7 @@
 import chapter_header
 import pytest
 import yaml
-from conftest import ROOT
+from links import ROOT
 from pybtex.database import parse_string
 from reading import needs_pages, soup
 

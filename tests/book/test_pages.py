@@ -4,8 +4,8 @@ import re
 from urllib.parse import unquote
 
 import links
-from conftest import HTML, ROOT
-from reading import PAGES, each_chapter, each_page, needs_pages, soup, text
+from links import ROOT
+from reading import HTML, PAGES, each_chapter, each_page, needs_pages, soup, text
 
 from lowrank_ref.core.registry import papers
 

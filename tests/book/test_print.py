@@ -1,8 +1,7 @@
 """Chapters on paper: Chromium prints them to PDF, and nothing that belongs to the screen comes along."""
 
 import pytest
-from conftest import HTML
-from reading import in_browser, read
+from reading import HTML, in_browser, read
 
 #: A4 without its margins, in pixels.
 PAPER = {"width": 680, "height": 1000}

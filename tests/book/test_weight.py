@@ -2,7 +2,7 @@
 
 import json
 
-from conftest import ROOT
+from links import ROOT
 from reading import CHAPTERS, in_browser
 
 MOST_BYTES = 1_000_000
