@@ -77,7 +77,7 @@ def _watched(context):
     page.on("console", lambda message: _note_console(page, message))
     page.on("pageerror", lambda error: page.complaints.append(str(error)))
     page.on("request", lambda request: _note_request(page, request))
-    page.on("requestfailed", lambda request: page.complaints.append(f"failed: {request.url}"))
+    page.on("requestfailed", lambda request: _note_failure(page, request))
     return page
 
 
@@ -123,3 +123,8 @@ def _note_console(page, message):
 def _note_request(page, request):
     if not re.match(r"http://127\.0\.0\.1[:/]|file:|data:|blob:", request.url):
         page.complaints.append(f"foreign: {request.url}")
+
+
+def _note_failure(page, request):
+    if request.failure != "net::ERR_ABORTED":  # a picture under way when the test leaves the page
+        page.complaints.append(f"failed: {request.url} {request.failure}")
