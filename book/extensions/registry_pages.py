@@ -148,7 +148,7 @@ def status(book: Path) -> str:
             rows.append(
                 [
                     link(paper, text=paper.title),
-                    f"{paper.status} {paper.verified}".strip(),
+                    f'{paper.status} <span class="lr-day">{paper.verified}</span>',
                     official(paper),
                     f"{time['seconds']} s" if time else "",
                     escape(", ".join(hardware)) or "none",
@@ -162,7 +162,9 @@ def status(book: Path) -> str:
 
 def official(paper: PaperInfo) -> str:
     code = paper.official_code
-    return f'<a href="https://github.com/{code}">{code}</a>' if code else "none known"
+    if not code:
+        return "none known"
+    return f'<a href="https://github.com/{code}">{code.replace("/", "/<wbr>")}</a>'
 
 
 def summary(states: Counter, on_gpu: int, verdicts: Counter) -> str:
