@@ -101,6 +101,9 @@ def mended(text: str, name: str) -> str:
         '<summary><span class="toctree-toggle"',
         '<summary aria-label="Pages below"><span class="toctree-toggle"',
     )
+    # The bibliography names roles whose rules its markup breaks; plain text reads as well.
+    text = text.replace('<div role="list" class="citation', '<div class="citation')
+    text = text.replace(' role="doc-biblioentry"', "")
     # A long signature is no list of definitions.
     return re.sub(r"<dl>\n(.*?)</dl>", _plain_lines, text, flags=re.DOTALL)
 

@@ -10,8 +10,8 @@ needs_axe = pytest.mark.skipif(
     not find_spec("axe_playwright_python"), reason="no axe: pip install axe-playwright-python"
 )
 
-FIND = """async rules => {
-  const found = await axe.run(document, {resultTypes: ["violations"], ...rules});
+FIND = """async ([part, rules]) => {
+  const found = await axe.run(part, {resultTypes: ["violations"], preload: false, ...rules});
   return found.violations.filter(v => ["serious", "critical"].includes(v.impact)).flatMap(
     v => v.nodes.map(node => [v.id, node.target.join(" "), node.failureSummary]));
 }"""
@@ -52,10 +52,12 @@ def test_axe_finds_nothing_serious(reader, site, name, axe):
     read(reader, f"{site}/{name}")
     reader.add_style_tag(content="* { transition: none !important; }")
     reader.evaluate(axe)
+    # The theme's frame is the same on each reference page, so that one look at it will do.
+    part = "main" if name.startswith("api/lowrank_ref.") else "html"
     reader.evaluate(LIGHT)
-    assert reader.evaluate(FIND, {}) == []
+    assert reader.evaluate(FIND, [part, {}]) == []
     reader.evaluate(DARK)
-    assert reader.evaluate(FIND, COLOURS) == []
+    assert reader.evaluate(FIND, [part, COLOURS]) == []
 
 
 @needs_axe
@@ -65,7 +67,7 @@ def test_axe_would_find_something(reader, site, axe):
     reader.evaluate(axe)
     bad = "<p style='color:#999;background:#fff'>pale</p><img src='_static/low-rank.png'>"
     reader.evaluate("bad => document.querySelector('.bd-article').insertAdjacentHTML('beforeend', bad)", bad)
-    assert {"color-contrast", "image-alt"} <= {found[0] for found in reader.evaluate(FIND, {})}
+    assert {"color-contrast", "image-alt"} <= {found[0] for found in reader.evaluate(FIND, ["html", {}])}
 
 
 @in_browser

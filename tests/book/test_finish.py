@@ -39,6 +39,11 @@ def document(*texts):
     return page
 
 
+def test_the_bibliography_has_no_half_roles():
+    entry = '<div role="list" class="citation-list"><div class="citation" role="doc-biblioentry">a</div></div>'
+    assert "role" not in mended(entry, "bibliography.html")
+
+
 def test_description_is_the_first_paragraph_of_some_length():
     text = "A sentence that says what stands on the page,\nin two lines."
     assert description(document("Short.", text, "Another paragraph, which is long enough as well.")) == " ".join(
