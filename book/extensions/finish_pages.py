@@ -101,7 +101,7 @@ def mended(text: str, name: str) -> str:
         '<summary><span class="toctree-toggle"',
         '<summary aria-label="Pages below"><span class="toctree-toggle"',
     )
-    # The bibliography names roles whose rules its markup breaks; plain text reads as well.
+    # The bibliography names roles, and breaks the rules of these roles.
     text = text.replace('<div role="list" class="citation', '<div class="citation')
     text = text.replace(' role="doc-biblioentry"', "")
     # A long signature is no list of definitions.
