@@ -57,7 +57,7 @@ def site():
     server.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: while it is open, no other test can start an event loop
 def browser():
     from playwright.sync_api import sync_playwright
 
@@ -100,7 +100,7 @@ def page(visit):
     return visit()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shelf(browser):
     """One page for many visits, which need not load the theme each time."""
     context = browser.new_context(**DESK)
