@@ -7,14 +7,15 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.util.fileutil import copy_asset
 
-# What a page with TeX can ask for: fonts, macros loaded on demand, and speech.
-MATHJAX = (
-    "tex-chtml.js",
+# The pieces that a page with TeX needs. The ready-made bundle has half again as much:
+# a menu, and a speech engine that screen readers do without, since each formula also
+# comes as MathML.
+MATHJAX = ("core", "input/tex", "output/chtml", "a11y/assistive-mml")
+#: What these ask for themselves, once they are there.
+ON_DEMAND = (
+    "output/chtml/fonts/tex.js",
     "output/chtml/fonts/woff-v2",
     "input/tex/extensions",
-    "a11y",
-    "sre/mathmaps/base.json",
-    "sre/mathmaps/en.json",
 )
 
 
@@ -27,13 +28,15 @@ def mathjax_folder() -> Path:
 
 
 def use_mathjax(app: Sphinx, config: Config) -> None:
-    config.mathjax_path = "mathjax/tex-chtml.js"
+    config.mathjax_path = "mathjax/startup.js"
+    own = config.mathjax3_config or {}
+    config.mathjax3_config = own | {"loader": {"load": list(MATHJAX)}}
 
 
 def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
     if error is None and app.builder.format == "html":
         target = app.outdir / "_static" / "mathjax"
-        for name in MATHJAX:
+        for name in ("startup.js", *(f"{piece}.js" for piece in MATHJAX), *ON_DEMAND):
             source = mathjax_folder() / name
             to = target / name if source.is_dir() else (target / name).parent
             to.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,10 @@
 """Tables made from the registry and from the chapters' own outputs.
 
 `{chooser}`: when to use which method. `{claims}`: every claim of every chapter.
-`{status}`: all planned papers.
+`{status}`: all planned papers. `{reading}`: what to read before what.
 """
 
 import functools
-import json
 from collections import Counter
 from html import escape
 from pathlib import Path
@@ -17,7 +16,8 @@ from pybtex.database import parse_file
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from lowrank_ref.core.registry import PARTS, PaperInfo, papers
+from chapter_header import gpus, timing
+from lowrank_ref.core.registry import PARTS, PaperInfo, papers, reading_order
 from lowrank_ref.lab.claims import VERDICTS
 
 #: What a verdict is called in a count.
@@ -72,7 +72,11 @@ def counted(claims: list[list[str]]) -> str:
 
 
 def table(
-    header: list[str], rows: list[list[str]], name: str, attributes: str = ""
+    header: list[str],
+    rows: list[list[str]],
+    name: str,
+    attributes: str = "",
+    css: str = "",
 ) -> str:
     """Rows of HTML cells in a box that scrolls by itself."""
     columns = "".join(f'<th scope="col">{title}</th>' for title in header)
@@ -82,7 +86,7 @@ def table(
     )
     return (
         f'<div class="lr-scroll" tabindex="0" role="region" aria-label="{name}">'
-        f'<table class="lr-table lr-wide"{attributes}>\n{head}\n'
+        f'<table class="lr-table lr-wide{css}"{attributes}>\n{head}\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
 
@@ -115,53 +119,113 @@ def claims(book: Path) -> str:
     for paper in papers().values():
         anchor, claimed = chapter(notebook_of(book, paper))
         for claim, where, measured, verdict in claimed:
-            cells = [
-                link(paper, anchor),
-                *map(escape, (claim, where, measured, verdict)),
-            ]
-            rows.append(cells)
+            told = f'<span class="lr-verdict" data-verdict="{verdict}">{verdict}</span>'
+            rows.append(
+                [link(paper, anchor), *map(escape, (claim, where, measured)), told]
+            )
     header = ["paper", "claim", "where", "measured here", "verdict"]
     script = '<script defer src="_static/ledger.js"></script>'
     return table(header, rows, "All claims", " data-ledger") + script
 
 
 def status(book: Path) -> str:
-    """A row for each of the planned papers."""
+    """Counts, then a row for each of the planned papers."""
     found = papers()
     titles = parse_file(book / "references.bib").entries
-    timings = json.loads((book / "results" / "timings.json").read_text())
-    rows = []
+    rows, states, verdicts, on_gpu = [], Counter(), Counter(), 0
     for part, (_, keys) in PARTS.items():
         for key in keys:
             paper = found.get(key)
+            states[paper.status if paper else "planned"] += 1
             if paper is None:
                 title = titles[key].fields["title"].replace("{", "").replace("}", "")
-                rows.append([escape(title), "planned", "", "", ""])
+                rows.append([escape(title), "planned", "", "", "", ""])
                 continue
-            time = timings.get(f"{part}/{key}")
-            measured = sorted((book / "results").glob(f"{key}_*.json"))
-            hardware = {
-                part["provenance"]["hardware"]
-                for path in measured
-                for part in json.loads(path.read_text()).values()
-            }
+            claimed = chapter(notebook_of(book, paper))[1]
+            verdicts.update(row[3] for row in claimed)
+            hardware, time = gpus(book, key), timing(book, f"{part}/{key}")
+            on_gpu += bool(hardware)
             rows.append(
                 [
                     link(paper, text=paper.title),
-                    f"{paper.status}, {paper.verified}"
-                    if paper.verified
-                    else paper.status,
+                    f'{paper.status} <span class="lr-day">{paper.verified}</span>',
+                    official(paper),
                     f"{time['seconds']} s" if time else "",
-                    escape(", ".join(sorted(hardware))),
-                    counted(chapter(notebook_of(book, paper))[1]),
+                    escape(", ".join(hardware)) or "none",
+                    counted(claimed).replace(", ", "<br>"),
                 ]
             )
-    header = ["paper", "state", "runs in", "stored results from", "claims"]
-    return table(header, rows, "State of all papers")
+    header = ["paper", "state", "official code", "runs in", "GPU result", "claims"]
+    text = table(header, rows, "State of all papers", css=" lr-state")
+    return summary(states, on_gpu, verdicts) + text
+
+
+def official(paper: PaperInfo) -> str:
+    code = paper.official_code
+    if not code:
+        return "none known"
+    return f'<a href="https://github.com/{code}">{code.replace("/", "/<wbr>")}</a>'
+
+
+def summary(states: Counter, on_gpu: int, verdicts: Counter) -> str:
+    """The state of the book in one line of counts."""
+    papers_are = {"papers": states.total()}
+    papers_are |= {state: states[state] for state in ("planned", "draft", "checked")}
+    if states["frozen"]:
+        papers_are["frozen"] = states["frozen"]
+    papers_are["with a GPU result"] = on_gpu
+    claims_are = {"claims": verdicts.total()}
+    claims_are |= {SHORT[v]: verdicts[v] for v in VERDICTS}
+    lines = []
+    for counts in (papers_are, claims_are):
+        items = (f"<li><b>{count}</b> {name}</li>" for name, count in counts.items())
+        lines.append(f'<ul class="lr-counts">{"".join(items)}</ul>')
+    return "".join(lines)
+
+
+def reading(book: Path) -> str:
+    """The graph of needs: one row per chapter, a line from each chapter it needs."""
+    found = papers()
+    needs = {key: paper.needs for key, paper in found.items()}
+    order = reading_order(needs)
+    place = {
+        key: (14 + 30 * depth, 18 + 32 * row)
+        for row, (key, depth) in enumerate(order.items())
+    }
+    lines, rows = [], []
+    for key, (x, y) in place.items():
+        wanted = sorted(needs.get(key, ()), key=list(order).index)
+        for need in wanted:
+            u, v = place[need]
+            # A line down from the nearest; the others go round on the left, dashed.
+            if need == wanted[-1]:
+                lines.append(f'<path d="M{u} {v + 6}V{y - 8}q0 8 8 8H{x - 7}"/>')
+            else:
+                way = f"M{u - 6} {v}q-9 0 -9 9V{y - 12}q0 8 8 8H{x - 6}"
+                lines.append(f'<path d="{way}" stroke-dasharray="4 3"/>')
+        name = found[key].name if key in found else key.replace("_", " ").capitalize()
+        page = page_of(found[key]) if key in found else f"{key}.html"
+        after = " and ".join(
+            found[need].name if need in found else need for need in wanted
+        )
+        label = f"{name}, after {after}" if after else f"{name}, first"
+        rows.append(
+            f'<a href="{page}" aria-label="{escape(label)}">'
+            f'<circle cx="{x}" cy="{y}" r="5"/>'
+            f'<text x="{x + 13}" y="{y + 5}">{escape(name)}</text></a>'
+        )
+    height = 32 * len(order) + 4
+    return (
+        '<svg class="lr-reading" xmlns="http://www.w3.org/2000/svg" role="group" '
+        'aria-label="Which chapter builds on which" '
+        f'viewBox="0 0 320 {height}" width="320" height="{height}">'
+        f'<g fill="none" stroke="currentColor">{"".join(lines)}</g>'
+        f"{''.join(rows)}</svg>"
+    )
 
 
 class _Made(SphinxDirective):
-    """A table made from registry and chapters."""
+    """HTML made from registry and chapters."""
 
     def run(self) -> list[nodes.Node]:
         book = Path(self.env.srcdir)
@@ -169,7 +233,12 @@ class _Made(SphinxDirective):
         return [nodes.raw("", TABLES[self.name](book), format="html")]
 
 
-TABLES = {"chooser": chooser, "claims": claims, "status": status}
+TABLES = {
+    "chooser": chooser,
+    "claims": claims,
+    "reading": reading,
+    "status": status,
+}
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

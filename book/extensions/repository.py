@@ -19,7 +19,11 @@ def set_repository(app: Sphinx, config: Config) -> None:
         "use_repository_button": True,
         "use_issues_button": True,
         "use_source_button": True,
+        "extra_footer": f"Version {links.version()}. "
+        f'<a href="{links.site()}/versions.html">All versions</a>',
     }
+    # The canonical address of a page: the newest version, whichever one it is read in.
+    config.html_baseurl = links.site("latest") + "/"
     config.linkcode_resolve = source_of
 
 

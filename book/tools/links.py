@@ -22,6 +22,12 @@ def repository() -> str:
     return project["urls"]["Repository"].rstrip("/")
 
 
+def version() -> str:
+    """The version in pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return project["version"]
+
+
 def owner_and_name(url: str) -> str:
     return url.removeprefix("https://github.com/")
 
@@ -39,6 +45,12 @@ def colab(path: str) -> str:
 def binder(path: str) -> str:
     """Opens a notebook of the repository in Binder's JupyterLab."""
     return f"{BINDER}/{owner_and_name(repository())}/{BRANCH}?urlpath=lab/tree/{path}"
+
+
+def site(folder: str = "", url: str = "") -> str:
+    """Where the pages are published, or one version of them: "latest", "v0.1.0"."""
+    owner, name = owner_and_name(url or repository()).split("/")
+    return f"https://{owner.lower()}.github.io/{name}" + f"/{folder}" * bool(folder)
 
 
 def install_target() -> str:
@@ -71,12 +83,15 @@ def files_with_links() -> list[Path]:
 def mend(text: str, url: str) -> str:
     """Point every link to the project at `url`; other projects' links stay.
 
-    Colab and Binder links are always ours. A plain GitHub link is ours if its
-    repository is called `lowrank-ref`, or as in `url`.
+    Colab and Binder links are always ours. A plain GitHub link, or one to the published
+    pages, is ours if its repository is called `lowrank-ref`, or as in `url`.
     """
     ours = owner_and_name(url)
     names = "|".join({"lowrank-ref", re.escape(ours.partition("/")[2])})
     text = re.sub(rf"({COLAB}|{BINDER})/[\w-]+/[\w-]+", rf"\1/{ours}", text)
+    text = re.sub(
+        rf"https://[\w-]+\.github\.io/({names})(?![\w-])", site(url=url), text
+    )
     return re.sub(rf"https://github\.com/[\w-]+/({names})(?![\w-])", url, text)
 
 

@@ -184,7 +184,6 @@ PAPER = PaperInfo(
         "Lu Wang",
         "Weizhu Chen",
     ),
-    year=2021,
     arxiv="2106.09685v2",
     summary="Fine-tune a large network by training two thin matrices beside each frozen weight.",
     use_when="you adapt a finished model and the change it needs is of low rank: look at the spectrum of ΔW first",
@@ -192,6 +191,7 @@ PAPER = PaperInfo(
         "galore": "all of the weight should move, and only optimizer memory is short",
         "randlora": "the spectrum of ΔW is flat",
     },
+    needs=("primer",),
     official_code="microsoft/LoRA",
     code_licence="MIT",
     equations={"equation 3": "lora_update", "ΔW = (α/r)·BA": "delta_weight", "initialisation": "init_factors"},
@@ -199,5 +199,6 @@ PAPER = PaperInfo(
     aliases=("low-rank adaptation", "rsLoRA", "LoRA+", "DoRA", "PiSSA"),
     status="checked",
     verified="2026-11-23",
+    changes={"2026-11-24": "Says which verses MiniLM saw in training."},
     layers={"LoRALinear": LoRALinear},
 )

@@ -6,8 +6,10 @@ collects the cards, so that the list never depends on who imported what.
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import date
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 #: Part -> (title, the papers planned for it). A module, its test and its chapter carry the paper's name.
@@ -28,6 +30,9 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "analysis": ("What the updates look like", ("artificial_entanglement",)),
 }
 
+#: Pages that belong to no paper, but that a chapter can ask its reader to know.
+PAGES = ("notation", "primer")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PaperInfo:
@@ -39,11 +44,11 @@ class PaperInfo:
         part: folder in the three trees, a key of `PARTS`.
         title: the paper's title.
         authors: names in the paper's order.
-        year: of the arXiv version read.
         arxiv: identifier with version, such as "2106.09685v2".
         summary: one sentence on why to read the chapter.
         use_when: the situation in which the measurements here speak for the method, as "you ...".
         instead: key of another paper -> the situation in which that one is the better choice.
+        needs: what to read first: keys of papers, or of `PAGES`. What those need themselves is not repeated.
         official_code: repository as "owner/name", or "" where none is known.
         code_licence: licence of that repository.
         equations: what the paper calls it -> name of the function here.
@@ -51,6 +56,7 @@ class PaperInfo:
         aliases: other names readers search for.
         status: "draft", "checked" (compared with official code) or "frozen".
         verified: ISO date of the last full check.
+        changes: ISO date -> what is new for a reader since the first version, in one sentence.
         layers: name -> factory(base, generator=...) of an `AdaptedLinear`, walked by the test battery.
         optimizers: name -> factory(groups) of an optimizer, walked by the test battery.
     """
@@ -60,11 +66,11 @@ class PaperInfo:
     name: str
     title: str
     authors: tuple[str, ...]
-    year: int
     arxiv: str
     summary: str
     use_when: str
     instead: dict[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
     official_code: str = ""
     code_licence: str = ""
     equations: dict[str, str] = field(default_factory=dict)
@@ -72,6 +78,7 @@ class PaperInfo:
     aliases: tuple[str, ...] = ()
     status: str = "draft"
     verified: str = ""
+    changes: dict[str, str] = field(default_factory=dict)
     layers: dict[str, Callable[..., Any]] = field(default_factory=dict)
     optimizers: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
@@ -80,10 +87,18 @@ class PaperInfo:
             raise ValueError(f"part: got {self.part!r}, wanted one of {sorted(PARTS)}")
         if self.key not in PARTS[self.part][1]:
             raise ValueError(f"key: got {self.key!r}, wanted one of {PARTS[self.part][1]}")
-        if strangers := set(self.instead) - {key for _, keys in PARTS.values() for key in keys}:
+        planned = {key for _, keys in PARTS.values() for key in keys}
+        if strangers := set(self.instead) - planned:
             raise ValueError(f"instead: got {sorted(strangers)}, wanted keys of planned papers")
+        if strangers := set(self.needs) - planned - set(PAGES):
+            raise ValueError(f"needs: got {sorted(strangers)}, wanted keys of planned papers or of {PAGES}")
         if self.status not in ("draft", "checked", "frozen"):
             raise ValueError(f"status: got {self.status!r}, wanted 'draft', 'checked' or 'frozen'")
+        for day in (*self.changes, *filter(None, [self.verified])):
+            try:
+                date.fromisoformat(day)
+            except ValueError:
+                raise ValueError(f"changes, verified: got {day!r}, wanted ISO dates such as '2026-11-23'") from None
 
     @property
     def module(self) -> str:
@@ -115,3 +130,41 @@ def papers() -> dict[str, PaperInfo]:
                 raise ValueError(f"{name}.PAPER: got {info!r}, wanted a PaperInfo with part={part!r} and key={key!r}")
             found[key] = info
     return found
+
+
+def reading_order(needs: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
+    """Sort chapters so that each comes after all that it needs.
+
+    Args:
+        needs: key -> keys of what to read before it. What appears only on the right needs nothing.
+
+    Returns:
+        Depth by key, in an order to read in. It is 0 for what needs nothing, else one more than the deepest need. A
+        chapter follows the last of its needs as closely as possible; ties keep the order of `needs`.
+
+    Raises:
+        ValueError: chapters that need each other in a circle.
+
+    Example:
+        >>> reading_order({"lora": ("primer",), "galore": ("primer",), "sora": ("lora",)})
+        {'primer': 0, 'lora': 1, 'sora': 2, 'galore': 1}
+    """
+    try:
+        first = list(TopologicalSorter(needs).static_order())
+    except CycleError as error:
+        raise ValueError(f"needs: got the circle {' -> '.join(reversed(error.args[1]))}, wanted none") from None
+    depth: dict[str, int] = {}
+    for key in first:
+        depth[key] = max((depth[need] + 1 for need in needs.get(key, ())), default=0)
+    order: dict[str, int] = {}
+
+    def visit(key: str) -> None:
+        if key not in order and all(need in order for need in needs.get(key, ())):
+            order[key] = depth[key]
+            for other, wanted in needs.items():
+                if key in wanted:
+                    visit(other)
+
+    for key in (*(k for k in first if k not in needs), *needs):
+        visit(key)
+    return order

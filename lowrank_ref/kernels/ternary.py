@@ -337,12 +337,5 @@ def _check(x: Tensor, packed: Tensor, beta: Tensor, scale: Any, x_sum: Any, B: A
         raise ValueError("scale, x_sum: wanted both for int8 codes, and none for 16-bit activations")
     if (B is None) != (t is None):
         raise ValueError("B, t: got one of the two, wanted both or none")
-    if (
-        B is not None
-        and (B.shape[0], *t.shape) != (len(packed), len(x), B.shape[1])
-        or B is not None
-        and B.dtype != t.dtype
-    ):
-        raise ValueError(
-            f"B, t: got {tuple(B.shape)} {B.dtype} and {tuple(t.shape)} {t.dtype}, wanted (m, r), (rows, r)"
-        )
+    if B is not None and (B.shape[0], *t.shape) != (len(packed), len(x), B.shape[1]):
+        raise ValueError(f"B, t: got shapes {tuple(B.shape)} and {tuple(t.shape)}, wanted (m, r) and (rows, r)")

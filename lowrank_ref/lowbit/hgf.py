@@ -234,11 +234,11 @@ PAPER = PaperInfo(
     name="HGF",
     title="Hybrid Gated Flow (HGF): Stabilizing 1.58-bit LLMs via Selective Low-Rank Correction",
     authors=("David Alejandro Trejo Pizzo",),
-    year=2026,
     arxiv="2602.05269v1",
     summary="Keep the weights ternary and win part of the loss back with a thin full-precision path beside them.",
     use_when="you train from scratch for a device that must hold the weights in two bits",
     instead={"low_precision": "four or eight bits are small enough"},
+    needs=("lora",),
     equations={
         "gated fusion": "gated_correction",
         "gates": "GateSchedule",

@@ -107,7 +107,7 @@ def pack(T: Shaped[Tensor, "m n"]) -> UInt8[Tensor, "m bytes"]:
 
 def unpack(packed: UInt8[Tensor, "m bytes"], n: int) -> Int8[Tensor, "m n"]:
     """Return the codes that `pack` stored, the first n of every row."""
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=packed.device)
     return ((packed.unsqueeze(1) >> shifts[:, None]) & 3).flatten(1)[:, :n].to(torch.int8) - 1
 
 

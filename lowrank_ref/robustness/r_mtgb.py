@@ -236,7 +236,6 @@ PAPER = PaperInfo(
     name="R-MTGB",
     title="R-MTGB: Robust-Multi-Task Gradient Boosting",
     authors=("Seyedsaman Emami", "Gonzalo Martínez-Muñoz", "Daniel Hernández-Lobato"),
-    year=2025,
     arxiv="2507.11411v1",
     summary="Learn many tasks together by boosting, and let a gate per task keep those apart that follow another rule.",
     use_when="you must know which of many tasks follow another rule; for predictions alone try histogram boosting",

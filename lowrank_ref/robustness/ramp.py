@@ -227,7 +227,6 @@ PAPER = PaperInfo(
     name="RAMP",
     title="RAMP: Boosting Adversarial Robustness Against Multiple $l_p$ Perturbations for Universal Robustness",
     authors=("Enyi Jiang", "Gagandeep Singh"),
-    year=2024,
     arxiv="2402.06827v2",
     summary="Train one network to withstand l1, l2 and l∞ attacks together, and measure it by the attacks' union.",
     use_when="you must withstand attacks of several norms at once and can afford two attacks a batch",

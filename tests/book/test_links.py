@@ -45,6 +45,8 @@ def test_first_code_cell_installs(path):
             "https://mybinder.org/v2/gh/OWNER/lowrank-ref/main?urlpath=lab/tree/book/primer.ipynb",
             "https://mybinder.org/v2/gh/alice/low-rank/main?urlpath=lab/tree/book/primer.ipynb",
         ),
+        ("https://owner.github.io/lowrank-ref/latest/", "https://alice.github.io/low-rank/latest/"),
+        ("https://owner.github.io/other/", "https://owner.github.io/other/"),
         (NEW, NEW),
         ("https://github.com/microsoft/LoRA", "https://github.com/microsoft/LoRA"),
         ("https://github.com/OWNER/lowrank-ref-other", "https://github.com/OWNER/lowrank-ref-other"),
@@ -59,5 +61,7 @@ def test_addresses(monkeypatch):
     path = "book/primer.ipynb"
     assert links.colab(path) == "https://colab.research.google.com/github/alice/low-rank/blob/main/book/primer.ipynb"
     assert links.binder(path) == "https://mybinder.org/v2/gh/alice/low-rank/main?urlpath=lab/tree/book/primer.ipynb"
+    assert links.site() == "https://alice.github.io/low-rank"
+    assert links.site("latest") == "https://alice.github.io/low-rank/latest"
     assert links.source(path) == f"{NEW}/blob/main/book/primer.ipynb"
     assert f'%pip install -q "lowrank-ref[book] @ git+{NEW}"' in links.install_cell()

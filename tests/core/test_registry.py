@@ -4,9 +4,9 @@ import types
 import pytest
 
 from lowrank_ref.core import registry
-from lowrank_ref.core.registry import PARTS, PaperInfo, papers
+from lowrank_ref.core.registry import PAGES, PARTS, PaperInfo, papers, reading_order
 
-CARD = {"name": "N", "title": "T", "authors": ("A",), "year": 2024, "arxiv": "2401.00001v1", "summary": "S."}
+CARD = {"name": "N", "title": "T", "authors": ("A",), "arxiv": "2401.00001v1", "summary": "S."}
 CARD |= {"use_when": "you test", "instead": {}}
 
 
@@ -42,7 +42,10 @@ def test_cards_come_in_the_order_of_the_book():
         ({"part": "nowhere"}, "part: got 'nowhere', wanted one of"),
         ({"key": "galore"}, "key: got 'galore', wanted one of"),
         ({"instead": {"lorra": "never"}}, r"instead: got \['lorra'\], wanted keys"),
+        ({"needs": ("primmer",)}, r"needs: got \['primmer'\], wanted keys"),
         ({"status": "done"}, "status: got 'done', wanted"),
+        ({"verified": "yesterday"}, "verified: got 'yesterday', wanted ISO dates"),
+        ({"changes": {"23 Nov": "New."}}, "changes, verified: got '23 Nov', wanted ISO dates"),
     ],
 )
 def test_a_card_of_no_place_raises(change, message):
@@ -56,3 +59,29 @@ def test_a_module_with_no_card_or_anothers_raises(card, monkeypatch):
     monkeypatch.setattr(registry.importlib, "import_module", lambda name: module)
     with pytest.raises(ValueError, match=r"PAPER: got .* wanted a PaperInfo with part='adapters' and key='lora'"):
         papers()
+
+
+def test_what_a_chapter_needs_exists_and_comes_before_it():
+    found = papers()
+    for key, info in found.items():
+        assert set(info.needs) <= set(found) | set(PAGES), f"{key} needs a chapter that does not exist"
+        assert key not in info.needs
+        assert all(text.endswith(".") for text in info.changes.values())
+    order = list(reading_order({key: info.needs for key, info in found.items()}))
+    assert set(order) >= set(found)
+    for key, info in found.items():
+        assert all(order.index(need) < order.index(key) for need in info.needs)
+
+
+def test_reading_order_stays_close_to_what_is_needed():
+    needs = {"a": ("start",), "b": ("start",), "c": ("a",), "d": ("b", "c"), "alone": ()}
+    assert list(reading_order(needs).items()) == [
+        ("start", 0), ("a", 1), ("c", 2), ("b", 1), ("d", 3), ("alone", 0)
+    ]  # fmt: skip
+    assert reading_order({}) == {}
+
+
+@pytest.mark.parametrize("needs", [{"a": ("a",)}, {"a": ("b",), "b": ("c",), "c": ("a",)}])
+def test_a_circle_of_needs_raises(needs):
+    with pytest.raises(ValueError, match=r"needs: got the circle (\w)( -> \w)* -> \1, wanted none"):
+        reading_order(needs)

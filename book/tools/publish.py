@@ -1,0 +1,74 @@
+"""Put built pages into the folder of the public site, beside those of earlier versions.
+
+python book/tools/publish.py _build/html SITE main    as SITE/latest
+python book/tools/publish.py _build/html SITE v0.1.0  as SITE/latest and SITE/v0.1.0
+
+The root leads on to `latest/`, and `versions.html` lists all folders.
+"""
+
+import argparse
+import re
+import shutil
+from pathlib import Path
+
+from links import version
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+{body}
+</html>
+"""
+
+
+def publish(pages: Path, site: Path, name: str) -> list[str]:
+    """Copy the pages; return the folders that the site then has, the newest first.
+
+    Raises:
+        ValueError: a tag that is not the version in pyproject.toml, or no pages.
+    """
+    if not (pages / "index.html").exists():
+        raise ValueError(
+            f"pages: got {pages} without an index.html, wanted built pages"
+        )
+    tagged = re.fullmatch(r"v\d+(\.\d+)*", name)
+    if tagged and name != f"v{version()}":
+        raise ValueError(
+            f"name: got {name!r}, wanted 'v{version()}' as in pyproject.toml"
+        )
+    for folder in ["latest", name] if tagged else ["latest"]:
+        shutil.rmtree(site / folder, ignore_errors=True)
+        shutil.copytree(pages, site / folder)
+    found = versions(site)
+    (site / ".nojekyll").touch()  # else folders with an underscore are left out
+    leads = '<meta http-equiv="refresh" content="0; url=latest/index.html">\n'
+    leads += '<a href="latest/index.html">Low-rank, sparse, ternary</a>'
+    (site / "index.html").write_text(PAGE.format(title="Lead", body=leads))
+    items = "\n".join(f'<li><a href="{v}/index.html">{v}</a></li>' for v in found)
+    body = f"<h1>All versions</h1>\n<ul>\n{items}\n</ul>"
+    (site / "versions.html").write_text(PAGE.format(title="All versions", body=body))
+    return found
+
+
+def versions(site: Path) -> list[str]:
+    """`latest`, then the numbered folders from the newest to the oldest."""
+    numbered = [path.name for path in site.glob("v*") if path.is_dir()]
+    numbered.sort(key=lambda v: [int(n) for n in v[1:].split(".")], reverse=True)
+    return ["latest", *numbered]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pages", type=Path)
+    parser.add_argument("site", type=Path)
+    parser.add_argument("name", help="the tag or branch that was built")
+    options = parser.parse_args()
+    print("Published:", *publish(options.pages, options.site, options.name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""How the pages get out: the public site's folders, the workflows, and the containers."""
+
+import json
+import re
+import tomllib
+
+import links
+import pytest
+import yaml
+from links import ROOT
+from publish import publish, versions
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.fixture
+def built(tmp_path):
+    (tmp_path / "html" / "_static").mkdir(parents=True)
+    (tmp_path / "html" / "index.html").write_text("new")
+    (tmp_path / "site").mkdir()
+    return tmp_path / "html", tmp_path / "site"
+
+
+def test_main_becomes_latest_and_earlier_versions_stay(built):
+    pages, site = built
+    for old in ("v0.9.0", "v0.10.0", "latest"):
+        (site / old).mkdir()
+        (site / old / "index.html").write_text(old)
+    assert publish(pages, site, "main") == ["latest", "v0.10.0", "v0.9.0"]
+    assert (site / "latest" / "index.html").read_text() == "new"
+    assert (site / "v0.9.0" / "index.html").read_text() == "v0.9.0"
+    assert "url=latest/index.html" in (site / "index.html").read_text()
+    listed = re.findall('href="(.*?)/index.html"', (site / "versions.html").read_text())
+    assert listed == versions(site)
+    assert (site / ".nojekyll").exists()
+
+
+def test_a_tag_gets_its_own_folder(built):
+    pages, site = built
+    name = f"v{links.version()}"
+    assert publish(pages, site, name) == ["latest", name]
+    assert (site / name / "index.html").read_text() == (site / "latest" / "index.html").read_text()
+
+
+def test_a_wrong_tag_or_no_pages_raise(built):
+    pages, site = built
+    with pytest.raises(ValueError, match=r"name: got 'v99\.0', wanted 'v"):
+        publish(pages, site, "v99.0")
+    with pytest.raises(ValueError, match=r"pages: got .* wanted built pages"):
+        publish(site, site, "main")
+    assert list(site.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_run_what_exists(path):
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow["name"] == path.stem
+    assert workflow[True]  # YAML 1.1 reads the key `on` as true
+    targets = set(re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for job in workflow["jobs"].values():
+        assert job["timeout-minutes"] <= 90
+        for step in job["steps"]:
+            command = step.get("run", "")
+            assert "uses" in step or command
+            assert set(re.findall(r"\bmake ([a-z]+)$", command, re.MULTILINE)) <= targets
+            for file in re.findall(r"(?:^|\s)((?:book/tools|\.ci)/[\w.]+)", command):
+                assert (ROOT / file).exists(), file
+            assert re.fullmatch(r"actions/[\w-]+@v\d+", step.get("uses", "actions/checkout@v4"))
+    assert workflow["permissions"]["contents"] == ("write" if path.stem == "pages" else "read")
+
+
+def test_the_pages_are_published_as_tested():
+    (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "pages.yml").read_text())["jobs"].values()
+    commands = [step.get("run", "") for step in job["steps"]]
+    order = [
+        next(k for k, run in enumerate(commands) if word in run) for word in ("make book", "make test", "publish.py")
+    ]
+    assert order == sorted(order)
+    assert all("continue-on-error" not in step for step in job["steps"])
+
+
+def test_containers_install_the_project():
+    made = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    target = made["postCreateCommand"].removeprefix("make ")
+    assert f"INSTALLED := {target}" in (ROOT / "Makefile").read_text()
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (pip,) = (entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert pip == ["-c constraints.txt", "-e .[book]"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    python = next(entry for entry in environment["dependencies"] if str(entry).startswith("python="))
+    assert f">={python.removeprefix('python=')}" == project["requires-python"]
+
+
+def test_one_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == links.version()
+    assert f"## {links.version()} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_requirement_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
+    plain = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in wanted}
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
+    assert plain - pinned == set()
