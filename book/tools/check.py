@@ -13,6 +13,10 @@ from pathlib import Path
 from execute import ENVIRONMENT
 from links import ROOT
 
+from lowrank_ref.core.registry import PARTS
+
+#: Packages whose types and shapes are checked: all but the kernels, which Triton reads.
+CHECKED = ",".join(f"lowrank_ref.{part}" for part in ("core", "lab", *PARTS))
 STEPS = {
     "style": "ruff check .",
     "format": "ruff format --check .",
@@ -20,7 +24,7 @@ STEPS = {
     "types": "mypy",
     "unit": "pytest lowrank_ref tests --ignore=tests/book --ignore=tests/benchmarks"
     " --doctest-modules -n 2"
-    " --jaxtyping-packages=lowrank_ref,typed.checked"
+    f" --jaxtyping-packages={CHECKED},typed.checked"
     " --cov=lowrank_ref --cov-report=term-missing:skip-covered",
     "chapters": "pytest book --nbval --nbval-current-env"
     " --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 120"

@@ -218,11 +218,7 @@ class GateSchedule:
         return {"steps": self.steps, "warmup": self.warmup, "freeze": self.freeze}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state; load the model's state first or afterwards.
-
-        Raises:
-            ValueError: the state belongs to another schedule.
-        """
+        """Go on from a saved state; the model's is loaded first or afterwards. ValueError: of another schedule."""
         if {**state, "steps": 0} != {**self.state_dict(), "steps": 0}:
             raise ValueError(f"state: got {state}, wanted a schedule with {self.state_dict()}")
         self.steps = state["steps"]

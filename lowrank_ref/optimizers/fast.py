@@ -81,6 +81,20 @@ def add_adam(
     torch._fused_adam_(W, R, M, V, [], steps, lr=-factor, amsgrad=False, maximize=False, **options)
 
 
+def one_pass(R: list[Tensor], steps: list[int]) -> bool:
+    """Tell whether `fused_directions` takes these: on a GPU, of one dtype and step."""
+    return bool(R) and R[0].is_cuda and len({(r.device, r.dtype, step) for r, step in zip(R, steps)}) == 1
+
+
+def fused_directions(
+    R: list[Tensor], M: list[Tensor], V: list[Tensor], step: int, group: dict[str, Any]
+) -> list[Tensor]:
+    """Return `galore.adam_directions` by `add_adam`."""
+    N = [torch.zeros_like(r) for r in R]
+    add_adam(N, R, M, V, step, 1.0, group)
+    return N
+
+
 def kernel_steps(
     ps: list[Tensor],
     states: list[dict[str, Any]],

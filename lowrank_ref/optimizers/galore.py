@@ -16,11 +16,10 @@ Deviations. Bases come from `gram_basis` unless another is given: the subspace o
 pass `svd_basis` for the definition, `subspace_basis` for speed on a GPU. Their signs are fixed, so that runs on other
 hardware follow the same path. As in the official code (and not in `torch.optim`) ε is added before bias correction, the
 moments survive a change of basis unrotated, and weight decay comes after the step, unscaled by α. Its Tucker projector,
-which ignores Adam's output, is left out.
-Adafactor, 8-bit moments and per-layer updates are in `galore_variants.py`; faster equal forms in `fast.py`.
+which ignores Adam's output, is left out. Adafactor, 8-bit moments and per-layer updates: `galore_variants.py`.
 
 Cost per matrix, k = min(m, n), K = max(m, n): state 2rK + rk numbers instead of 2mn; two products of 2rmn FLOPs a step.
-Works under DDP, where every rank sees the same averaged gradient. Not under FSDP2: a shard's gradient has another SVD.
+Works under DDP, where every rank sees the same averaged gradient, and under FSDP2 on gathered matrices (`sharded.py`).
 """
 
 import math
@@ -34,7 +33,7 @@ from torch import Tensor
 from lowrank_ref.core.checks import check_number
 from lowrank_ref.core.linalg import gram_basis
 from lowrank_ref.core.registry import PaperInfo
-from lowrank_ref.optimizers.fast import add_adam, add_back, in_batches, kernel_steps
+from lowrank_ref.optimizers.fast import add_back, fused_directions, in_batches, kernel_steps, one_pass
 from lowrank_ref.optimizers.projected import ProjectedOptimizer, sides
 
 Basis = Callable[..., Tensor]
@@ -51,13 +50,11 @@ def projectors(
     """Return {"left": P (m, r)} and/or {"right": Q (n, r)}: orthonormal bases of the top singular subspaces of G.
 
     Args:
-        G: gradient (m, n), finite; a batch (..., m, n) for a basis that takes batches. Half precision is decomposed in
-            float32 and rounded back.
+        G: gradient (m, n), finite; a batch for a basis that takes one. 16 bits are decomposed in float32 and rounded.
         rank: 1 <= rank <= min(m, n).
         side: see `sides`.
-        basis: `gram_basis`, `svd_basis`, `power_basis` or `subspace_basis`; called as basis(G, rank, start=old basis or
-            None).
-        old: the last bases, a warm start for the last two.
+        basis: `gram_basis` or another of `core.linalg`; called as basis(G, rank, start=old basis or None).
+        old: the last bases, a warm start for `power_basis` and `subspace_basis`.
     """
     left, right = sides((G.shape[-2], G.shape[-1]), side)
     old = old or {}
@@ -117,8 +114,7 @@ class GaLore(ProjectedOptimizer):
         gap: T >= 1, steps between two changes of basis.
         scale: α > 0, multiplies lr in projected groups.
         side: see `sides`.
-        spread: change the bases of a group one after the other within each gap, so that no step is much longer than
-            the others; False changes them all in the same step.
+        spread: change the bases of a group one after the other within a gap, so that no step is the long one.
         weight_decay: λ >= 0, decoupled.
         basis: how to find the projectors, see `projectors`.
         own: further options of a subclass.
@@ -169,7 +165,7 @@ class GaLore(ProjectedOptimizer):
             add_back(ps[i], N, factor, keep=keep, **bases[i])
 
     def quick_steps(self, ps: list[Tensor], *more: Any) -> list[int]:
-        """Take the steps that a faster equal form exists for, and return the numbers of the others: here all."""
+        """Take the steps that a faster equal form exists for; return the numbers of the others: here all."""
         return list(range(len(ps)))
 
     def directions(self, R: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Iterable[Tensor]:
@@ -217,15 +213,13 @@ class GaLoreAdamW(GaLore):
             if "M" not in state:
                 state["M"], state["V"] = torch.zeros_like(r), torch.zeros_like(r)
         M, V, steps = ([state[key] for state in states] for key in ("M", "V", "step"))
-        if not R or not R[0].is_cuda or len({(r.device, r.dtype, step) for r, step in zip(R, steps)}) > 1:
-            return adam_directions(R, M, V, steps, betas=group["betas"], eps=group["eps"])
-        N = [torch.zeros_like(r) for r in R]
-        add_adam(N, R, M, V, steps[0], 1.0, group)
-        return N
+        if one_pass(R, steps):
+            return fused_directions(R, M, V, steps[0], group)
+        return adam_directions(R, M, V, steps, betas=group["betas"], eps=group["eps"])
 
-    def quick_steps(self, ps: list[Tensor], *more: Any) -> list[int]:
+    def quick_steps(self, *arguments: Any) -> list[int]:
         """Use the Triton kernels where they apply."""
-        return kernel_steps(ps, *more)
+        return kernel_steps(*arguments)
 
 
 class GaLoreSGD(GaLore):
@@ -254,6 +248,6 @@ PAPER = PaperInfo(
     aliases=("gradient low-rank projection", "GaLoreAdamW", "GaLore 8-bit"),
     status="checked",
     verified="2026-11-23",
-    changes={"2026-11-24": "Steps 32 matrices together, in half the time."},
+    changes={"2026-11-25": "Triton kernels, a faster basis, FSDP2.", "2026-11-24": "Steps 32 matrices together."},
     optimizers={"GaLoreAdamW": GaLoreAdamW, "GaLoreSGD": GaLoreSGD},
 )

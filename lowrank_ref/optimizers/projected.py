@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ref.core.checks import check_integer, check_number, check_rank
+from lowrank_ref.optimizers.sharded import whole_matrices
 
 #: How many parameters step together, so that a step launches few kernels and its projections need little memory.
 TOGETHER = 32
@@ -30,9 +31,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def due(self, p: Tensor, step: int, group: dict[str, Any]) -> bool:
         """Tell whether a parameter changes its basis in this step, which counts from 1.
 
-        All do in the first step; then every `gap` steps, in a group with "spread" one after the other.
+        All do in the first step; then every `gap` steps, in a group with "spread" one after the other (but not under
+        FSDP2, where p is lent).
         """
-        place = next(i for i, other in enumerate(group["params"]) if other is p) if group["spread"] else 0
+        place = next((i for i, other in enumerate(group["params"]) if other is p), 0) if group["spread"] else 0
         later = place * group["gap"] // len(group["params"])
         return step == 1 or (step - 1 - later) % group["gap"] == 0
 
@@ -70,7 +72,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         check_gradients([p.grad for ps, _ in todo for p in ps])
         for ps, group in todo:
             for i in range(0, len(ps), TOGETHER):
-                self.update(ps[i : i + TOGETHER], group)
+                with whole_matrices(ps[i : i + TOGETHER], self.state) as matrices:
+                    self.update(matrices, group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
