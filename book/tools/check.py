@@ -12,7 +12,6 @@ from pathlib import Path
 
 from execute import ENVIRONMENT
 from links import ROOT
-
 from lowrank_ref.core.registry import PARTS
 
 #: Packages whose types and shapes are checked: all but the kernels, which Triton reads.

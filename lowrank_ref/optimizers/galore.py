@@ -165,7 +165,7 @@ class GaLore(ProjectedOptimizer):
             add_back(ps[i], N, factor, keep=keep, **bases[i])
 
     def quick_steps(self, ps: list[Tensor], *more: Any) -> list[int]:
-        """Take the steps that a faster equal form exists for; return the numbers of the others: here all."""
+        """Take the steps that have a faster equal form; return the numbers of the others, here all."""
         return list(range(len(ps)))
 
     def directions(self, R: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Iterable[Tensor]:
@@ -190,13 +190,7 @@ class GaLoreAdamW(GaLore):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 0.01,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        **options: Any,
+        self, params: Iterable[Any], lr: float = 0.01, *, betas: tuple = (0.9, 0.999), eps: float = 1e-6, **options: Any
     ) -> None:
         super().__init__(params, lr, own={"betas": betas, "eps": eps}, **options)
 

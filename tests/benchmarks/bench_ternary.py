@@ -8,10 +8,12 @@ compared with float64 in the same run.
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from common import arguments, save
+from torch.nn import functional as F
 
 from lowrank_ref.lowbit import fast, pack
 from lowrank_ref.lowbit import ternary as definition
@@ -76,12 +78,12 @@ def measure(m: int, n: int, all_rows: tuple[int, ...]) -> list[dict[str, Any]]:
         whole = (codes.double() @ T.double().T) * (beta / scale[:, None]).double()
         int8 = {"scale": scale, "x_sum": x_sum, "dtype": torch.bfloat16}
         methods = {
-            "cuBLAS bf16": ([lambda W=W: x @ W.T for W in dense], exact),
-            "bf16 activations": ([lambda P=P: ternary_matmul(x, P, beta) for P in packed], exact),
-            "int8 activations": ([lambda P=P: ternary_matmul(codes, P, beta, **int8) for P in packed], whole),
-            "int8, quantising included": ([lambda P=P: fast.packed_linear(x, P, beta) for P in packed], whole),
+            "cuBLAS bf16": ([partial(F.linear, x, W) for W in dense], exact),
+            "bf16 activations": ([partial(ternary_matmul, x, P, beta) for P in packed], exact),
+            "int8 activations": ([partial(ternary_matmul, codes, P, beta, **int8) for P in packed], whole),
+            "int8, quantising included": ([partial(fast.packed_linear, x, P, beta) for P in packed], whole),
         }
-        methods |= {name: ([lambda layer=layer: layer(x) for layer in built], exact) for name, built in peers.items()}
+        methods |= {name: ([partial(layer, x) for layer in built], exact) for name, built in peers.items()}
         base = 0.0
         for name, (calls, wanted) in methods.items():
             try:
