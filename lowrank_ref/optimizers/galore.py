@@ -45,7 +45,7 @@ def projectors(
     *,
     side: str = "smaller",
     basis: Basis = gram_basis,
-    old: dict[str, Tensor] | None = None,
+    old: dict[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Return {"left": P (m, r)} and/or {"right": Q (n, r)}: orthonormal bases of the top singular subspaces of G.
 
