@@ -90,7 +90,7 @@ def beside(number: int | str, equation: str, *objects: Callable[..., Any], terms
         raise ValueError(f"terms: got {len(terms)} for {len(marks)} marked terms «...», wanted one each")
     places = [_places(term, code) for term in terms]
     count = iter(range(len(marks)))
-    marked = re.sub("«(.*?)»", lambda mark: rf"\class{{lr-term lr-t{next(count)}}}{{{mark[1]}}}", equation)
+    marked = re.sub("«([^«»]*)»", lambda mark: rf"\class{{lr-term lr-t{next(count)}}}{{{mark[1]}}}", equation)
     data = json.dumps({"number": f"({number})", "tex": marked, "code": places}, separators=(",", ":"))
     return Beside(re.sub("[«»]", "", equation) + rf" \tag{{{number}}}", code, data)
 
