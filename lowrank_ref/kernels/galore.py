@@ -1,9 +1,9 @@
 """A GaLore step of many matrices in two launches, in Triton: project and update the moments; project back and add.
 
-| function       | computes, for every matrix of a list                    | definition in `optimizers.galore`   |
-|----------------|---------------------------------------------------------|-------------------------------------|
-| `project_adam` | R = PᵀG or GQ, the new moments, and Adam's direction N  | `project`, then `adam_directions`   |
-| `add_back`     | W = keep · (W + factor · PN or NQᵀ)                     | `add_back`                          |
+| function       | computes, for every matrix of a list                    | definition in `optimizers`              |
+|----------------|---------------------------------------------------------|-------------------------------------------|
+| `project_adam` | R = PᵀG or GQ, the new moments, and Adam's direction N  | `galore`: `project`, `adam_directions`  |
+| `add_back`     | W = keep · (W + factor · PN or NQᵀ)                     | `fast`: `add_back`                      |
 
 One matrix is too small to fill a GPU, and 168 matrices are more launches than a CPU can issue in the time. So a kernel
 gets a table of addresses and works on all matrices of one shape; R exists in registers only. For 16-bit numbers, on one
@@ -29,9 +29,13 @@ def _matrix(entry, number: tl.constexpr, like):
 
 
 @triton.jit
-def _product(left, right, i, j, rows, columns, inner, li, lk, rk, rj, BK: tl.constexpr):
-    """Sum left[i, k] · right[k, j] over k < inner, for a tile of rows i and columns j."""
-    acc = tl.zeros([i.shape[0], j.shape[0]], dtype=tl.float32)
+def _product(entry, like, rows, columns, inner, li, lk, rk, rj, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Return rows i and columns j of this program's tile, which of them exist, and left[i, :] · right[:, j]."""
+    tiles = tl.cdiv(columns, BN)
+    i = tl.program_id(0) // tiles * BM + tl.arange(0, BM)
+    j = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
+    left, right = _matrix(entry, 0, like), _matrix(entry, 1, like)
+    acc = tl.zeros([BM, BN], dtype=tl.float32)
     for start in range(0, inner, BK):
         k = start + tl.arange(0, BK)
         a = tl.load(
@@ -41,7 +45,7 @@ def _product(left, right, i, j, rows, columns, inner, li, lk, rk, rj, BK: tl.con
             right + k[:, None] * rk + j[None, :] * rj, mask=(k[:, None] < inner) & (j[None, :] < columns), other=0.0
         )
         acc = tl.dot(a, b, acc)
-    return acc
+    return i, j, (i[:, None] < rows) & (j[None, :] < columns), acc
 
 
 @triton.jit
@@ -51,12 +55,7 @@ def _project_adam(
 ):  # fmt: skip
     """Table: addresses of left factor, right factor, M, V, N of each matrix."""
     entry = table + tl.program_id(1) * 5
-    tiles = tl.cdiv(columns, BN)
-    i = tl.program_id(0) // tiles * BM + tl.arange(0, BM)
-    j = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
-    left, right = _matrix(entry, 0, like), _matrix(entry, 1, like)
-    R = _product(left, right, i, j, rows, columns, inner, li, lk, rk, rj, BK)
-    inside = (i[:, None] < rows) & (j[None, :] < columns)
+    i, j, inside, R = _product(entry, like, rows, columns, inner, li, lk, rk, rj, BM, BN, BK)
     at = i[:, None] * columns + j[None, :]
     M, V = _matrix(entry, 2, like) + at, _matrix(entry, 3, like) + at
     first = tl.load(M, mask=inside, other=0.0).to(tl.float32)
@@ -75,18 +74,10 @@ def _add_back(
 ):  # fmt: skip
     """Table: addresses of left factor, right factor and W of each matrix."""
     entry = table + tl.program_id(1) * 3
-    tiles = tl.cdiv(columns, BN)
-    i = tl.program_id(0) // tiles * BM + tl.arange(0, BM)
-    j = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
-    left, right = _matrix(entry, 0, like), _matrix(entry, 1, like)
-    D = _product(left, right, i, j, rows, columns, inner, li, lk, rk, rj, BK)
-    inside = (i[:, None] < rows) & (j[None, :] < columns)
+    i, j, inside, D = _product(entry, like, rows, columns, inner, li, lk, rk, rj, BM, BN, BK)
     W = _matrix(entry, 2, like) + i[:, None] * columns + j[None, :]
-    tl.store(
-        W,
-        (keep * (tl.load(W, mask=inside, other=0.0).to(tl.float32) + factor * D)).to(like.dtype.element_ty),
-        mask=inside,
-    )
+    new = keep * (tl.load(W, mask=inside, other=0.0).to(tl.float32) + factor * D)
+    tl.store(W, new.to(like.dtype.element_ty), mask=inside)
 
 
 def usable(tensors: list[Tensor]) -> bool:

@@ -222,7 +222,7 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Args:
         x: (rows, n), floating point of at most 32 bits.
     """
-    x = _rows_contiguous("x", x)
+    x = _rows_contiguous(x)
     rows, n = x.shape
     codes = torch.empty(rows, n, dtype=torch.int8, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -271,7 +271,7 @@ def ternary_matmul(
         TypeError: x of another dtype. ValueError: shapes that do not fit, int8 codes without s and sums, or one factor.
     """
     _check(x, packed, beta, scale, x_sum, B, t)
-    x = _rows_contiguous("x", x)
+    x = _rows_contiguous(x)
     (rows, n), (m, planes) = x.shape, packed.shape
     dtype = dtype or (torch.float32 if x.dtype == torch.int8 else x.dtype)
     if config is None and B is None and rows >= UNPACK_FROM and dtype == x.dtype != torch.int8:
@@ -315,9 +315,9 @@ def tuned(rows: int, m: int, int8: bool) -> dict[str, int]:
     return {"ROWS": 128, "BM": 128, "BK": 64, "num_warps": 4, "num_stages": 3}
 
 
-def _rows_contiguous(name: str, x: Tensor) -> Tensor:
+def _rows_contiguous(x: Tensor) -> Tensor:
     if x.ndim != 2:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, wanted (rows, n)")
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted (rows, n)")
     return x if x.stride(1) == 1 else x.contiguous()
 
 

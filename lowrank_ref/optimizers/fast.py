@@ -1,6 +1,6 @@
 """Steps of many matrices at once, for GaLore and optimizers like it: batched bases, Adam in one pass, Triton kernels.
 
-Each function equals a plain definition in `galore.py` up to rounding; tests hold them together.
+Each function equals plain steps of `galore.py` up to rounding; tests hold them together.
 """
 
 import math
@@ -105,7 +105,7 @@ def kernel_steps(
 ) -> list[int]:
     """Take GaLore's steps of those matrices that `kernels.galore` takes; return the numbers of the others.
 
-    Moments that do not exist yet are made. See `galore.add_back` for factor and keep.
+    Moments that do not exist yet are made. See `add_back` for factor and keep.
     """
     if not ps or not ps[0].is_cuda or not have_triton():
         return list(range(len(ps)))

@@ -37,6 +37,7 @@ from lowrank_ref.optimizers.fast import add_back, fused_directions, in_batches, 
 from lowrank_ref.optimizers.projected import ProjectedOptimizer, sides
 
 Basis = Callable[..., Tensor]
+Betas = tuple[float, float]
 
 
 def projectors(
@@ -190,7 +191,7 @@ class GaLoreAdamW(GaLore):
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 0.01, *, betas: tuple = (0.9, 0.999), eps: float = 1e-6, **options: Any
+        self, params: Iterable[Any], lr: float = 0.01, *, betas: Betas = (0.9, 0.999), eps: float = 1e-6, **options: Any
     ) -> None:
         super().__init__(params, lr, own={"betas": betas, "eps": eps}, **options)
 

@@ -38,7 +38,7 @@ class GaLoreAdamW8bit(GaLoreAdamW):
 
     def quick_steps(self, ps: list[Tensor], *more: Any) -> list[int]:
         """Return all: the kernels know no 8-bit moments."""
-        return list(range(len(ps)))
+        return GaLore.quick_steps(self, ps)
 
     def direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """Return Adam's direction."""
