@@ -22,7 +22,7 @@ STEPS = {
     "imports": "lint-imports --no-logo",
     "types": "mypy",
     "unit": "pytest lowrank_ref tests --ignore=tests/book --ignore=tests/benchmarks"
-    " --doctest-modules -n 2"
+    " --ignore=lowrank_ref/kernels --doctest-modules -n 2"
     f" --jaxtyping-packages={CHECKED},typed.checked"
     " --cov=lowrank_ref --cov-report=term-missing:skip-covered",
     "chapters": "pytest book --nbval --nbval-current-env"

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from lowrank_ref.lowbit import pack
 from lowrank_ref.lowbit import ternary as definition
 
-kernels = pytest.importorskip("lowrank_ref.kernels.ternary", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
+from lowrank_ref.kernels import ternary as kernels
+
 pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="a GPU is there: tests/gpu tests the compiled kernels")
 
 #: Small blocks, so that small matrices have inner blocks and ragged edges.
