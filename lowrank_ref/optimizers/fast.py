@@ -46,7 +46,7 @@ def in_batches(
             for key, bases in together.items():
                 for i, P in zip(chunk, bases):
                     found[i][key] = P.clone()  # a view would keep all of the batch alive
-    return found
+    return [{key: P.contiguous() if P.is_cuda else P for key, P in bases.items()} for bases in found]  # for the kernels
 
 
 def add_back(
@@ -93,6 +93,16 @@ def fused_directions(
     N = [torch.zeros_like(r) for r in R]
     add_adam(N, R, M, V, step, 1.0, group)
     return N
+
+
+def norms(tensors: list[Tensor]) -> Tensor:
+    """Return the Frobenius norm of each tensor; infinity if its squares overflow."""
+    if tensors[0].is_cuda and have_triton():
+        from lowrank_ref.kernels import galore as kernels
+
+        if len({T.dtype for T in tensors}) == 1 and kernels.usable(tensors):
+            return kernels.squares(tensors).sqrt()
+    return torch.stack(torch._foreach_norm(tensors))
 
 
 def kernel_steps(

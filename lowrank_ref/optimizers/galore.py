@@ -162,7 +162,7 @@ class GaLore(ProjectedOptimizer):
         keep = 1 - group["lr"] * group["weight_decay"]
         rest = self.quick_steps(ps, states, bases, group, factor, keep)
         R = [project(grads[i], **bases[i]) for i in rest]
-        for i, N in zip(rest, self.directions(R, [states[i] for i in rest], group)):
+        for i, N in zip(rest, self.directions(R, [states[i] for i in rest], group) if rest else []):
             add_back(ps[i], N, factor, keep=keep, **bases[i])
 
     def quick_steps(self, ps: list[Tensor], *more: Any) -> list[int]:

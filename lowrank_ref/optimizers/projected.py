@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ref.core.checks import check_integer, check_number, check_rank
+from lowrank_ref.optimizers.fast import norms
 from lowrank_ref.optimizers.sharded import whole_matrices
 
 #: How many parameters step together, so that a step launches few kernels and its projections need little memory.
@@ -129,6 +130,6 @@ def check_gradients(gradients: list[Tensor]) -> None:
         ValueError: with the number of gradients that hold NaN, infinity, or numbers too large to square.
     """
     if gradients:
-        bad = int((~torch.stack(torch._foreach_norm(gradients)).isfinite()).sum())
+        bad = int((~norms(gradients).isfinite()).sum())
         if bad:
             raise ValueError(f"grad: got NaN or infinity in {bad} of {len(gradients)} gradients, wanted finite norms")

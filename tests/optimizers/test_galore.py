@@ -499,6 +499,14 @@ def test_zero_gradients_move_nothing(cls, rank):
     assert torch.equal(path[-1], path[0])
 
 
+def test_a_step_that_kernels_took_wholly_does_nothing_more(monkeypatch):
+    monkeypatch.setattr(GaLoreAdamW, "quick_steps", lambda *arguments: [])
+    W = nn.Parameter(randoms(6, 5))
+    W.grad, before = randoms(6, 5), W.detach().clone()
+    GaLoreAdamW([W], rank=2).step()
+    assert torch.equal(W, before)
+
+
 @pytest.mark.parametrize("cls, lr", [(GaLoreAdamW, 0.2), (GaLoreSGD, 1.0)])
 @pytest.mark.parametrize("side", SIDES)
 def test_changing_bases_reach_a_target_of_full_rank_and_one_basis_does_not(side, cls, lr):
