@@ -5,7 +5,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-__all__ = ["provenance", "stored"]
+from lowrank_ref.lab.table import Table
+
+__all__ = ["layer_table", "provenance", "stored"]
 
 # The repository's folder, or its copy inside an installed package, which is all that a notebook in Colab has.
 _FOLDERS = (Path(__file__).parents[2] / "book" / "results", Path(__file__).with_name("_results"))
@@ -33,3 +35,28 @@ def provenance(part: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in p["versions"].items())
     measured = f"Measured {p['date']} on {p['hardware']} with Python {p['python']}, {versions}."
     return "\n".join(textwrap.fill(line, 79) for line in (part["setting"], measured, p["command"]))
+
+
+def layer_table(part: dict[str, Any], *names: str) -> Table:
+    """Show time and memory of adapted layers beside their peers', from a part of the results file "layers".
+
+    Args:
+        part: its "rows" have a method, median_ms, extra_mib and, if there is one, the name of a peer among them.
+        names: methods to show; none for all but PEFT's, which have columns of their own.
+
+    Raises:
+        ValueError: a name that is no method.
+    """
+    rows = {row["method"]: row for row in part["rows"]}
+    for name in names:
+        if name not in rows:
+            raise ValueError(f"names: got {name!r}, wanted some of {', '.join(rows)}")
+    frozen = rows["frozen nn.Linear"]["median_ms"]
+    body = []
+    for name in names or [name for name in rows if not name.startswith("PEFT")]:
+        row, peer = rows[name], rows.get(rows[name].get("peer"))
+        ms, mib = row["median_ms"], row["extra_mib"]
+        theirs = (f"{peer['median_ms']:.2f}", f"{ms / peer['median_ms']:.2f}") if peer else ("-", "-")
+        memory = f"{peer['extra_mib']:.0f}" if peer else "-"
+        body.append([name, f"{ms:.2f}", *theirs, f"{frozen / ms:.2f}", f"{mib:.0f}", memory])
+    return Table(["layer", "ms", "peer, ms", "ratio", "share", "MiB", "peer, MiB"], body)

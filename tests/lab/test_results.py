@@ -56,3 +56,17 @@ def test_provenance_line():
     lines = results.provenance(PART).split("\n")
     assert lines[-2:] == ["Measured 2026-01-02 on a GPU with Python 3.12, torch 2.11.", "python run.py"]
     assert " ".join(lines[:-2]) == PART["setting"].strip() and max(map(len, lines)) <= 79
+
+
+def test_layers_stand_beside_their_peers():
+    rows = [
+        {"method": "frozen nn.Linear", "median_ms": 1.0, "extra_mib": 64.0},
+        {"method": "LoRA", "median_ms": 2.0, "extra_mib": 65.4, "peer": "PEFT LoRA"},
+        {"method": "PEFT LoRA", "median_ms": 4.0, "extra_mib": 384.2},
+    ]
+    frozen = ["frozen nn.Linear", "1.00", "-", "-", "1.00", "64", "-"]
+    lora = ["LoRA", "2.00", "4.00", "0.50", "0.50", "65", "384"]
+    assert results.layer_table({"rows": rows}).rows == [frozen, lora]
+    assert results.layer_table({"rows": rows}, "LoRA").rows == [lora]
+    with pytest.raises(ValueError, match="names: got 'DoRA', wanted some of frozen nn.Linear, LoRA, PEFT LoRA"):
+        results.layer_table({"rows": rows}, "DoRA")
