@@ -17,7 +17,8 @@ below: what the path reads, how factors and gate start, g = tanh θ, the ramp of
 which projections are corrected.
 
 Deviations. Whatever the phase, θ gets a gradient, which is exactly zero while the gate is held. So the layer
-keeps one graph under `torch.compile` and every parameter its place under DDP. Give θ no weight decay.
+keeps one graph under `torch.compile` and every parameter its place under DDP (FSDP2 refuses a scalar). Give θ no
+weight decay.
 
 Cost per layer: r(m+n)+1 trained numbers besides the latent weight; 2r(m+n) extra FLOPs a token, which no merge can
 remove: the sum would not be ternary. Memory: `memory_overhead`.

@@ -1,10 +1,11 @@
-"""A GPT on several devices: tokens a second, numbers sent, and the loss, which does not depend on how many there are.
+"""A GPT on several devices: tokens a second, numbers sent, and the loss.
 
     torchrun --standalone --nproc_per_node 1 tests/benchmarks/bench_scaling.py --out scaling.json
     torchrun --standalone --nproc_per_node 2 tests/benchmarks/bench_scaling.py --out scaling.json
 
 Full training, LoRA and GaLore under DDP; full training, LoRA, SLTrain and BitLinear under FSDP2. A LLaMA-350M-shaped
-GPT under bf16 autocast on random tokens, the same batch for any number of processes, each of which takes its share.
+GPT under bf16 autocast on random tokens, the same batch for any number of processes, each of which takes its share. So
+the loss does not depend on how many there are, up to the roundings of bf16, which parts of a batch meet in another order.
 """
 
 import gc
