@@ -4,8 +4,8 @@
     torchrun --standalone --nproc_per_node 2 tests/benchmarks/bench_scaling.py --out scaling.json
 
 Full training, LoRA and GaLore under DDP; full training, LoRA, SLTrain and BitLinear under FSDP2. A LLaMA-350M-shaped
-GPT under bf16 autocast on random tokens, the same batch for any number of processes, each of which takes its share. So
-the loss does not depend on how many there are, up to the roundings of bf16, which parts of a batch meet in another order.
+GPT under bf16 autocast on random tokens, the same batch for any number of processes, each of which takes its share: the
+loss is the same but for the roundings of bf16, which parts of a batch meet in other orders.
 """
 
 import gc
