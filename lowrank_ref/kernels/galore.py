@@ -122,12 +122,16 @@ def _squares(table, like, sums, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
 
 
 def usable(tensors: list[Tensor]) -> bool:
-    """Tell whether the kernels take these matrices: 16-bit, on a GPU, contiguous, starting at multiples of 16 bytes."""
+    """Tell whether the kernels take these matrices: 16-bit, on a GPU, contiguous, starting at multiples of 16 bytes.
+
+    Places inside a matrix are 32-bit numbers, so it must not be too large.
+    """
     return all(
         T.dtype in (torch.bfloat16, torch.float16)
         and (T.is_cuda or INTERPRETED)
         and T.is_contiguous()
         and T.data_ptr() % 16 == 0
+        and T.numel() < 2**30
         for T in tensors
     )
 

@@ -91,3 +91,4 @@ def test_which_matrices_the_kernels_take():
     assert not kernels.usable([matrix, matrix.float()])
     assert not kernels.usable([matrix.T])
     assert not kernels.usable([torch.ones(129, dtype=torch.float16)[1:].view(8, 16)])
+    assert not kernels.usable([torch.empty(2**15, 2**15, dtype=torch.float16, device="meta")])
