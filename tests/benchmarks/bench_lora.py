@@ -155,8 +155,8 @@ def fine_tuning(tiny: bool, device: str) -> dict[str, Any]:
     return {
         "pretrained": start,
         "rows": rows,
-        "setting": f"GPT {shape}, vocabulary {vocab}; pretrained {pre_steps} steps of {4 * batch} x {length} tokens, "
-        f"fine-tuned {steps} steps of {batch} x {length}",
+        "setting": f"GPT {shape | {'vocab_size': vocab}}; pretrained {pre_steps} steps of {4 * batch} x {length} "
+        f"tokens, fine-tuned {steps} steps of {batch} x {length}",
         "tokens": {"old": cut, "new": len(new_tokens), "test": len(test_tokens)},
     }
 

@@ -223,8 +223,8 @@ def fine_tuning(tiny: bool, device: str, report: Callable[[dict[str, Any]], None
             {
                 "pretrained": start,
                 "rows": rows,
-                "setting": f"GPT {shape}, vocabulary {vocab}; pretrained {pre_steps} steps of {4 * batch} x {length} "
-                f"tokens, fine-tuned {steps} steps of {batch} x {length}",
+                "setting": f"GPT {shape | {'vocab_size': vocab}}; pretrained {pre_steps} steps of {4 * batch} x "
+                f"{length} tokens, fine-tuned {steps} steps of {batch} x {length}",
             }
         )
         return float(row["new"])
