@@ -1,3 +1,5 @@
+for (const pre of document.querySelectorAll(".cell_output .highlight-python pre")) splitLines(pre);
+
 // Equation beside code: give the terms of an equation their classes before MathJax sets it, mark the code that computes
 // them, and light both when one is pointed at or focused. Without JavaScript equation and code are there, unmarked.
 for (const box of document.querySelectorAll(".lr-beside[data-terms]")) {
@@ -6,7 +8,6 @@ for (const box of document.querySelectorAll(".lr-beside[data-terms]")) {
   math.textContent = `\\[${tex}\\]`;
   label.textContent = number; // MathJax would leave room for it on both sides
   math.after(label);
-  splitLines(pre);
   const long = ([[from, to]]) => to - from;
   const terms = code.map((places, k) => ({ places, k })).sort((a, b) => long(b.places) - long(a.places)); // inner ones last
   for (const { places, k } of terms) places.forEach(([from, to], i) => mark(pre, from, to, `lr-t${k}`, i === 0));
