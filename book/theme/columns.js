@@ -20,9 +20,10 @@ for (const box of document.querySelectorAll(".lr-beside[data-terms]")) {
   for (const type of ["pointerover", "pointerout", "focusin", "focusout"]) box.addEventListener(type, light);
 }
 
-// Each line in an element of its own, so that what does not fit continues below, indented.
+// Each line in an element of its own, so that what does not fit continues below, indented. A shape such as "m n" stays whole.
 function splitLines(pre) {
   const lines = [[]];
+  for (const word of pre.querySelectorAll("span")) if (/^"[^"]{1,12}"$/.test(word.textContent)) word.classList.add("lr-whole");
   for (const child of [...pre.childNodes]) {
     const pieces = child.nodeType === Node.TEXT_NODE ? child.data.split(/(?<=\n)/).map((text) => new Text(text)) : [child];
     for (const piece of pieces) {
