@@ -1,3 +1,5 @@
+for (const pre of document.querySelectorAll(".cell_output .highlight-python pre")) splitLines(pre);
+
 // Equation beside code: give the terms of an equation their classes before MathJax sets it, mark the code that computes
 // them, and light both when one is pointed at or focused. Without JavaScript equation and code are there, unmarked.
 for (const box of document.querySelectorAll(".lr-beside[data-terms]")) {
@@ -6,7 +8,6 @@ for (const box of document.querySelectorAll(".lr-beside[data-terms]")) {
   math.textContent = `\\[${tex}\\]`;
   label.textContent = number; // MathJax would leave room for it on both sides
   math.after(label);
-  splitLines(pre);
   const long = ([[from, to]]) => to - from;
   const terms = code.map((places, k) => ({ places, k })).sort((a, b) => long(b.places) - long(a.places)); // inner ones last
   for (const { places, k } of terms) places.forEach(([from, to], i) => mark(pre, from, to, `lr-t${k}`, i === 0));
@@ -19,9 +20,10 @@ for (const box of document.querySelectorAll(".lr-beside[data-terms]")) {
   for (const type of ["pointerover", "pointerout", "focusin", "focusout"]) box.addEventListener(type, light);
 }
 
-// Each line in an element of its own, so that what does not fit continues below, indented.
+// Each line in an element of its own, so that what does not fit continues below, indented. A shape such as "m n" stays whole.
 function splitLines(pre) {
   const lines = [[]];
+  for (const word of pre.querySelectorAll("span")) if (/^"[^"]{1,12}"$/.test(word.textContent)) word.classList.add("lr-whole");
   for (const child of [...pre.childNodes]) {
     const pieces = child.nodeType === Node.TEXT_NODE ? child.data.split(/(?<=\n)/).map((text) => new Text(text)) : [child];
     for (const piece of pieces) {

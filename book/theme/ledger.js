@@ -5,10 +5,6 @@ document.addEventListener("DOMContentLoaded", () => {
   if (!table) return;
   const body = table.tBodies[0], rows = [...body.rows], heads = [...table.tHead.rows[0].cells];
   const names = heads.map((head) => head.textContent.trim());
-  // A phone shows cards instead of columns; to a screen reader they stay a table.
-  table.setAttribute("role", "table");
-  for (const [parts, role] of [["thead, tbody", "rowgroup"], ["tr", "row"], ["th", "columnheader"], ["td", "cell"]])
-    table.querySelectorAll(parts).forEach((part) => part.setAttribute("role", role));
   const text = (row, column) => row.cells[column].textContent.trim();
 
   const bar = document.createElement("div");
