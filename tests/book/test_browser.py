@@ -35,8 +35,10 @@ def test_the_policy_is_enforced(page, site):
     page.goto(f"{site}/intro.html")
     page.evaluate("document.body.append(Object.assign(new Image(), {src: 'http://localhost:1/x.png'}))")
     # Later, for what a debugger starts itself may use eval.
-    page.add_script_tag(content="setTimeout(() => { try { eval('1') } catch (error) { console.error('no eval') } })")
-    page.wait_for_timeout(200)
+    with page.expect_console_message(lambda message: message.text == "no eval"):
+        page.add_script_tag(
+            content="setTimeout(() => { try { eval('1') } catch (error) { console.error('no eval') } })"
+        )
     assert any("no eval" in complaint for complaint in page.complaints)
     assert any("violates" in complaint for complaint in page.complaints)
 
