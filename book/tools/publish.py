@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from links import version
+from links import BRANCH, version
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -27,16 +27,17 @@ def publish(pages: Path, site: Path, name: str) -> list[str]:
     """Copy the pages; return the folders that the site then has, the newest first.
 
     Raises:
-        ValueError: a tag that is not the version in pyproject.toml, or no pages.
+        ValueError: neither `main` nor the version in pyproject.toml, or no pages.
     """
     if not (pages / "index.html").exists():
         raise ValueError(
             f"pages: got {pages} without an index.html, wanted built pages"
         )
-    tagged = re.fullmatch(r"v\d+(\.\d+)*", name)
+    tagged = name != BRANCH
     if tagged and name != f"v{version()}":
         raise ValueError(
-            f"name: got {name!r}, wanted 'v{version()}' as in pyproject.toml"
+            f"name: got {name!r}, wanted 'v{version()}' as in pyproject.toml, or "
+            f"{BRANCH!r}"
         )
     for folder in ["latest", name] if tagged else ["latest"]:
         shutil.rmtree(site / folder, ignore_errors=True)
@@ -54,7 +55,8 @@ def publish(pages: Path, site: Path, name: str) -> list[str]:
 
 def versions(site: Path) -> list[str]:
     """`latest`, then the numbered folders from the newest to the oldest."""
-    numbered = [path.name for path in site.glob("v*") if path.is_dir()]
+    names = [path.name for path in site.iterdir() if path.is_dir()]
+    numbered = [name for name in names if re.fullmatch(r"v\d+(\.\d+)*", name)]
     numbered.sort(key=lambda v: [int(n) for n in v[1:].split(".")], reverse=True)
     return ["latest", *numbered]
 

@@ -128,6 +128,8 @@ def digits_shift(
     return {**_measure(model, data), "trainable": float(sum(p.numel() for p in trained))}
 
 
+# --- Markov pretraining -----------------------------------------------------------------------------------------------
+
 LETTERS, PLACES = 16, 24
 
 Prepare = Callable[[nn.Module, torch.Generator, float], torch.optim.Optimizer]
@@ -305,15 +307,20 @@ def train_planted(
             on `lr`; None trains whatever still requires gradients.
         lr: largest learning rate; it rises over the first 6 % of the steps and then falls linearly to 0.
         seed: of the batches and of the generator handed to `adapt`.
-        steps: optimizer steps.
+        steps: optimizer steps, at least 2.
         actions: (model, optimizer) -> what acts after each step of the optimizer, such as a rank allocator.
         penalty: model -> a number to add to the loss, such as an L1 norm or a divergence.
-        evaluate: called with the model every `every` steps, for what it notes down.
-        every: steps between two such calls.
+        evaluate: called with the model every `every` steps and at the end, for what it notes down.
+        every: steps between two such calls; 0 calls only at the end.
 
     Returns:
         The trained model.
+
+    Raises:
+        ValueError: steps below 2, of which one rises and one falls.
     """
+    if steps < 2:
+        raise ValueError(f"steps: got {steps}, wanted at least 2")
     model = copy.deepcopy(task.base).requires_grad_(True)
     optimizer = _adapted(adapt, model, lr, seed)
     warm = max(1, round(0.06 * steps))

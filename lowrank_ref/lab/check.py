@@ -52,19 +52,23 @@ def check(
     Args:
         student: takes the arguments of `reference`, by position where the reference allows it.
         reference: annotated with jaxtyping.
-        cases: how many inputs to try.
+        cases: how many inputs to try, at least 1.
         seed: which inputs.
         given: argument -> values to choose from; needed for arguments that have neither a tensor annotation nor a
             default, for example {"rank": [1, 2]}.
 
     Raises:
-        ValueError: an argument cannot be drawn, a name in `given` is no argument, or the reference rejects nearly all
-            inputs.
+        ValueError: no case to try, an argument cannot be drawn, a name in `given` is no argument or has no values, or
+            the reference rejects nearly all inputs.
     """
+    if cases < 1:
+        raise ValueError(f"cases: got {cases}, wanted at least 1")
     given = dict(given or {})
     parameters = inspect.signature(reference).parameters
     if strangers := set(given) - set(parameters):
         raise ValueError(f"given: got {sorted(strangers)}, wanted arguments of the reference: {list(parameters)}")
+    if empty := [name for name, values in given.items() if not len(values)]:
+        raise ValueError(f"given: got no values for {empty}, wanted at least one each")
     rng = np.random.default_rng(seed)
     done = rejected = 0
     while done < cases:
@@ -197,7 +201,7 @@ def _difference(got: Any, wanted: Any, where: str) -> str:
         return next(filter(None, (_difference(g, w, f"{where}[{i}]") for i, (g, w) in enumerate(zip(got, wanted)))), "")
     if isinstance(wanted, int | float | complex) and not isinstance(wanted, bool):
         same = isinstance(got, int | float | complex) and (
-            got == wanted or abs(got - wanted) <= 1e-8 * (1 + abs(wanted))
+            got == wanted or abs(got - wanted) <= 1e-8 * (1 + abs(wanted)) or (got != got and wanted != wanted)
         )
     else:
         same = type(got) is type(wanted) and got == wanted

@@ -114,8 +114,13 @@ class Comparison:
 
     def values(self, method: str, lr: float, metric: str | None = None) -> list[float]:
         """Return one number per seed; a diverged run is infinitely bad."""
+        metric = metric or self.metric
+        known = {name for row in self.rows for name in row} - {"method", "lr", "seed", "error"}
+        if metric not in known:
+            raise ValueError(f"metric: got {metric!r}, wanted one of {sorted(known)}")
+        worst = -math.inf if self.maximize else math.inf
         rows = [row for row in self.rows if row["method"] == method and row["lr"] == lr]
-        return self._values(rows, metric or self.metric)
+        return [worst if math.isnan(value) else value for value in (row.get(metric, math.nan) for row in rows)]
 
     def sweep(self, method: str, metric: str | None = None) -> dict[float, tuple[float, float]]:
         """Return learning rate -> (mean, standard deviation over seeds), in the order of the grid."""
@@ -157,15 +162,6 @@ class Comparison:
         methods = ", ".join(self.grid)
         diverged = sum("error" in row for row in self.rows)
         return f"Comparison of {methods}: {len(self.rows)} runs" + (f", {diverged} diverged" if diverged else "")
-
-    def _values(self, rows: list[dict[str, Any]], metric: str) -> list[float]:
-        worst = -math.inf if self.maximize else math.inf
-        known = {name for row in self.rows for name in row}
-        if metric not in known:
-            raise ValueError(
-                f"metric: got {metric!r}, wanted one of {sorted(known - {'method', 'lr', 'seed', 'error'})}"
-            )
-        return [worst if math.isnan(value) else value for value in (row.get(metric, math.nan) for row in rows)]
 
 
 # --- inside -----------------------------------------------------------------------------------------------------------

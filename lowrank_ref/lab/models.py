@@ -370,14 +370,20 @@ def mean_pool(
 def embed_sentences(
     model: Any, tokenizer: Any, texts: Sequence[str], *, batch: int = 64
 ) -> Float[Tensor, "sentences dim"]:
-    """Return one unit vector per sentence: mean-pooled, normalised; their dot products are cosine similarities."""
+    """Return one unit vector per sentence: mean-pooled, normalised; their dot products are cosine similarities.
+
+    Raises:
+        ValueError: no sentence, or a batch below 1.
+    """
+    if not len(texts):
+        raise ValueError("texts: got none, wanted at least one sentence")
+    if batch < 1:
+        raise ValueError(f"batch: got {batch}, wanted at least 1")
     vectors = []
     for i in range(0, len(texts), batch):
         ids, mask = (t.to(model.device) for t in tokenize_sentences(tokenizer, texts[i : i + batch]))
         hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
         vectors.append(F.normalize(mean_pool(hidden, mask), dim=1))
-    if not vectors:
-        raise ValueError("texts: got none, wanted at least one sentence")
     return torch.cat(vectors)
 
 

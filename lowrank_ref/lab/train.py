@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowrank_ref.lab._tools import numbers, progress_bar
 
-__all__ = ["Action", "History", "constant", "linear_decay", "train", "warmup_cosine"]
+__all__ = ["Action", "History", "linear_decay", "train", "warmup_cosine"]
 
 FORMAT = "lowrank_ref.lab.train, version 1"
 
@@ -122,11 +122,6 @@ def train(
 
 
 # --- schedules: step -> factor on the learning rate -------------------------------------------------------------------
-
-
-def constant(step: int) -> float:
-    """Return 1 at every step."""
-    return 1.0
 
 
 def linear_decay(steps: int) -> Callable[[int], float]:

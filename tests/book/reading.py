@@ -1,5 +1,6 @@
 """The built pages by name, and how a test opens them. Build them first: `python book/tools/build.py`."""
 
+import functools
 import shutil
 
 import pytest
@@ -42,7 +43,9 @@ def text(name):
     return (HTML / name).read_text(encoding="utf-8")
 
 
+@functools.cache  # parsing takes longer than all that is asked of a page
 def soup(name):
+    """The page's elements, which all tests share: look, do not change."""
     return BeautifulSoup(text(name), "html.parser")
 
 

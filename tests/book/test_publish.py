@@ -23,6 +23,7 @@ def built(tmp_path):
 
 def test_main_becomes_latest_and_earlier_versions_stay(built):
     pages, site = built
+    (site / "videos").mkdir()  # begins with v, and is no version
     for old in ("v0.9.0", "v0.10.0", "latest"):
         (site / old).mkdir()
         (site / old / "index.html").write_text(old)
@@ -44,8 +45,9 @@ def test_a_tag_gets_its_own_folder(built):
 
 def test_a_wrong_tag_or_no_pages_raise(built):
     pages, site = built
-    with pytest.raises(ValueError, match=r"name: got 'v99\.0', wanted 'v"):
-        publish(pages, site, "v99.0")
+    for wrong in ("v99.0", f"v{links.version()}rc1", "other"):
+        with pytest.raises(ValueError, match=f"name: got '{wrong}', wanted 'v"):
+            publish(pages, site, wrong)
     with pytest.raises(ValueError, match=r"pages: got .* wanted built pages"):
         publish(site, site, "main")
     assert list(site.iterdir()) == []

@@ -31,6 +31,7 @@ def first_visit(page, url):
     tools.on("Network.responseReceived", lambda event: kinds.update({event["requestId"]: event["type"]}))
     tools.on("Network.loadingFinished", lambda event: sizes.update({event["requestId"]: event["encodedDataLength"]}))
     page.goto(url)
+    tools.send("Emulation.setCPUThrottlingRate", {"rate": 1})  # what is timed is over
     page.evaluate("() => window.MathJax?.startup?.promise")
     page.wait_for_load_state("networkidle")
     times = page.evaluate(

@@ -127,6 +127,11 @@ def test_a_task_is_drawn_from_its_seed_only():
     assert first.ranks == (0, 1, 1, 8)
 
 
+def test_one_step_cannot_rise_and_fall():
+    with pytest.raises(ValueError, match="steps: got 1"):
+        train_planted(planted_rank(rows=32), lambda model, g: None, lr=1e-3, steps=1)
+
+
 def test_bad_ranks_are_refused():
     for ranks in ((), (1, 33), (-1,)):
         with pytest.raises(ValueError, match="ranks: got"):

@@ -114,9 +114,18 @@ def test_shapes_of_annotations():
     assert _shape("*b m", sizes, rng) == [*batch, m]
 
 
+def test_nan_agrees_with_nan():
+    assert check(lambda: float("nan"), lambda: float("nan"), cases=1)
+    assert not check(lambda: 1.0, lambda: float("nan"), cases=1)
+
+
 def test_check_refuses():
     with pytest.raises(ValueError, match="no values for 'rank'"):
         check(truncate, truncate)
+    with pytest.raises(ValueError, match="cases: got 0"):
+        check(low_rank, low_rank, cases=0)
+    with pytest.raises(ValueError, match=r"given: got no values for \['rank'\]"):
+        check(truncate, truncate, given={"rank": []})
     with pytest.raises(ValueError, match=r"given: got \['ranks'\]"):
         check(truncate, truncate, given={"ranks": [1]})
     with pytest.raises(ValueError, match="rejects nearly all inputs, the last with: rank"):

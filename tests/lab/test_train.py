@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lowrank_ref.lab.data import array_batches
 from lowrank_ref.lab.models import MLP
-from lowrank_ref.lab.train import constant, linear_decay, train, warmup_cosine
+from lowrank_ref.lab.train import linear_decay, train, warmup_cosine
 
 X = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
 Y = (X[:, :1] * X[:, 1:2]).sign()
@@ -118,7 +118,6 @@ def test_a_loss_that_is_not_finite_stops_with_its_step():
 
 
 def test_schedules():
-    assert [constant(s) for s in (0, 9)] == [1.0, 1.0]
     assert [linear_decay(4)(s) for s in range(6)] == [1, 0.75, 0.5, 0.25, 0, 0]
     cosine = warmup_cosine(12, warmup=2, final=0.2)
     assert [cosine(0), cosine(1), cosine(2)] == [0.5, 1.0, 1.0]
