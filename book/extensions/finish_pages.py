@@ -104,6 +104,10 @@ def mended(text: str, name: str) -> str:
     # The bibliography names roles, and breaks the rules of these roles.
     text = text.replace('<div role="list" class="citation', '<div class="citation')
     text = text.replace(' role="doc-biblioentry"', "")
+    if name in ("bibliography.html", "status.html"):  # BibTeX's way to write a title
+        text = text.replace("$l_p$", "<i>l<sub>p</sub></i>")
+    # Links to exercises begin with a space, underlined.
+    text = re.sub(r"(<a [^>]*>) (?=Exercise)", r" \1", text)
     # A long signature is no list of definitions.
     return re.sub(r"<dl>\n(.*?)</dl>", _plain_lines, text, flags=re.DOTALL)
 

@@ -91,16 +91,33 @@ def table(
     )
 
 
+@functools.cache
+def titles(book: Path) -> dict[str, str]:
+    """Key -> title of everything in the bibliography."""
+    entries = parse_file(book / "references.bib").entries
+    return {
+        key: entry.fields["title"].replace("{", "").replace("}", "")
+        for key, entry in entries.items()
+    }
+
+
 def chooser(book: Path) -> str:
     """A table for each part that has a chapter."""
     found, text = papers(), ""
+
+    def named(key: str) -> str:
+        """A link to a chapter, or the short title of a planned one."""
+        if key in found:
+            return link(found[key])
+        return escape(titles(book)[key].split(":")[0])
+
     for part, (title, _) in PARTS.items():
         mine = [paper for paper in found.values() if paper.part == part]
         rows = []
         for paper in mine:
             anchor, claimed = chapter(notebook_of(book, paper))
             instead = "<br>".join(
-                f"{link(found[key]) if key in found else key}: {escape(condition)}"
+                f"{named(key)}: {escape(condition)}"
                 for key, condition in paper.instead.items()
             )
             evidence = link(paper, anchor, counted(claimed) or "read")
@@ -131,15 +148,13 @@ def claims(book: Path) -> str:
 def status(book: Path) -> str:
     """Counts, then a row for each of the planned papers."""
     found = papers()
-    titles = parse_file(book / "references.bib").entries
     rows, states, verdicts, on_gpu = [], Counter(), Counter(), 0
     for part, (_, keys) in PARTS.items():
         for key in keys:
             paper = found.get(key)
             states[paper.status if paper else "planned"] += 1
             if paper is None:
-                title = titles[key].fields["title"].replace("{", "").replace("}", "")
-                rows.append([escape(title), "planned", "", "", "", ""])
+                rows.append([escape(titles(book)[key]), "planned", "", "", "", ""])
                 continue
             claimed = chapter(notebook_of(book, paper))[1]
             verdicts.update(row[3] for row in claimed)

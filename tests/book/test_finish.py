@@ -71,3 +71,9 @@ def test_the_report_names_the_heaviest_page_first():
         ("heavy.html", "900", "20", "-", "-", "script 300, font 60, document 20"),
         ("light.html", "380", "20", "500", "-", "script 300, font 60, document 20"),
     ]
+
+
+def test_spaces_stand_before_links_and_titles_have_no_tex():
+    assert mended('Solution to<a href="#x"> Exercise 3.1</a>', "a.html") == 'Solution to <a href="#x">Exercise 3.1</a>'
+    assert mended("Multiple $l_p$ attacks", "status.html") == "Multiple <i>l<sub>p</sub></i> attacks"
+    assert mended("title = {Multiple $l_p$ attacks}", "robustness/ramp.html") == "title = {Multiple $l_p$ attacks}"
