@@ -11,7 +11,6 @@ gets a table of addresses and works on all matrices of one shape; R exists in re
 side. Products are summed in float32, and R is not rounded before it enters the moments.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from lowrank_ref.kernels import INTERPRETED, launch_options
+
 #: Blocks, found on an H100 with matrices of 2048 x 2048 and 2048 x 5461 at rank 512. These tiles are bound by the L2
 #: cache; larger ones were slower, as what follows the product then has too few registers.
 PROJECT = {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}
@@ -122,13 +122,14 @@ def _squares(table, like, sums, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
 
 
 def usable(tensors: list[Tensor]) -> bool:
-    """Tell whether the kernels take these matrices: 16-bit, on a GPU, contiguous, starting at multiples of 16 bytes.
+    """Tell whether the kernels take these matrices: 16-bit, contiguous, starting at multiples of 16 bytes.
 
-    Places inside a matrix are 32-bit numbers, so it must not be too large.
+    They must lie on the current GPU, where Triton launches: an address means nothing on another one. Places inside a
+    matrix are 32-bit numbers, so it must not be too large.
     """
     return all(
         T.dtype in (torch.bfloat16, torch.float16)
-        and (T.is_cuda or INTERPRETED)
+        and (INTERPRETED or T.is_cuda and T.get_device() == torch.cuda.current_device())
         and T.is_contiguous()
         and T.data_ptr() % 16 == 0
         and T.numel() < 2**30
@@ -188,7 +189,7 @@ def squares(tensors: list[Tensor]) -> Tensor:
     table = _on_device([[T.data_ptr(), T.numel()] for T in tensors], tensors[0].device)
     sums = torch.zeros(len(tensors), device=tensors[0].device)
     parts = triton.cdiv(max(T.numel() for T in tensors), SQUARES["BLOCK"] * SQUARES["BLOCKS"])
-    _squares[parts, len(tensors)](table, tensors[0], sums, **_options(SQUARES))
+    _squares[parts, len(tensors)](table, tensors[0], sums, **launch_options(SQUARES))
     return sums
 
 
@@ -199,17 +200,12 @@ def _launch(
     li, lk, rk, rj = strides
     BM, BN, BK = (blocks[name] for name in ("BM", "BN", "BK"))
     whole = inner % BK == 0 and (li > 1 or lk % BM == 0) and (rj > 1 or rk % BN == 0)
-    options = {**_options(blocks), "WHOLE": whole}
+    options: dict[str, Any] = {**launch_options(blocks), "WHOLE": whole}
     if not INTERPRETED:
         card = torch.cuda.get_device_properties(matrices[0].device)
         room = getattr(card, "shared_memory_per_block_optin", 99 * 1024)  # what the smallest cards have
         options["num_stages"] = max(1, min(blocks["num_stages"], room // (2 * (BM + BN) * BK)))
     return (triton.cdiv(rows, BM) * triton.cdiv(columns, BN), len(matrices)), options
-
-
-def _options(blocks: dict[str, int]) -> dict[str, Any]:
-    """Return the options of a launch; the interpreter has no warps."""
-    return {key: value for key, value in blocks.items() if key.isupper()} if INTERPRETED else dict(blocks)
 
 
 def _table(rows: list[tuple[Tensor, ...]], device: torch.device) -> Tensor:

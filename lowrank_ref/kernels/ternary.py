@@ -22,7 +22,6 @@ Triton's interpreter (`TRITON_INTERPRET=1`) runs all of it on a CPU; there the u
 instead of inline PTX.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -30,7 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from lowrank_ref.kernels import INTERPRETED, launch_options
+
 PTX = tl.constexpr(not INTERPRETED)
 #: Rows of x from which a 16-bit product unpacks the weights once for cuBLAS.
 UNPACK_FROM = 1024
@@ -230,7 +230,7 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     block = min(triton.next_power_of_2(n), 8192)
     warps = max(1, min(8, block // 512))
     # Without fusion into one multiply-add: the product is rounded to float32 before it is rounded to a whole number.
-    options = {} if INTERPRETED else {"num_warps": warps, "enable_fp_fusion": False}
+    options = launch_options({"num_warps": warps, "enable_fp_fusion": False})
     _quantise[(rows,)](x, codes, scale, x_sum, n, x.stride(0), EPS, BLOCK=block, **options)
     return codes, scale, x_sum
 
@@ -281,7 +281,7 @@ def ternary_matmul(
     if B is not None and t is not None and B.shape[1]:
         rank = max(16, triton.next_power_of_2(B.shape[1]))
         B, t = (torch.nn.functional.pad(f, (0, rank - f.shape[1])).contiguous() for f in (B, t))
-    config = dict(config or tuned(rows, m, x.dtype == torch.int8))
+    config = config or tuned(rows, m, x.dtype == torch.int8)
     tile, block, split = config["BM"], config["BK"], config.get("SPLIT", 1)
     even = m % tile == 0 and planes % (block * split) == 0 and n == 4 * planes
     grid: tuple[int, ...] = (triton.cdiv(m, tile),)
@@ -289,12 +289,10 @@ def ternary_matmul(
     if "SPLIT" not in config:
         kernel, grid = _prefill, (*grid, triton.cdiv(rows, config["ROWS"]))
         even = even and rows % config["ROWS"] == 0
-    if INTERPRETED:
-        config = {key: value for key, value in config.items() if key.isupper()}
     kernel[grid](
         *(x, packed, beta, scale, x_sum, B, t, y, rows, m, n, planes),
         *(x.stride(0), packed.stride(0), y.stride(0)),
-        **config, EVEN=even, RANK=rank, WIDE=x.dtype == torch.int8, PER_ROW=int(beta.numel() > 1),
+        **launch_options(config), EVEN=even, RANK=rank, WIDE=x.dtype == torch.int8, PER_ROW=int(beta.numel() > 1),
     )  # fmt: skip
     return y
 
