@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lowrank_ref.adapters.dora_pissa import DoRALinear
+from lowrank_ref.adapters.embedding_conv import LoRAConv2d, LoRAEmbedding
 from lowrank_ref.adapters.lora import LoRALinear
-from lowrank_ref.adapters.lora_layers import LoRAConv2d, LoRAEmbedding
-from lowrank_ref.adapters.lora_relatives import DoRALinear
 from lowrank_ref.core.io import mismatches, refuse
 from lowrank_ref.core.layers import Adapter, Model, adapters, is_conv1d, is_linear, replace_modules, weight_of
 from lowrank_ref.core.peft import PEFT_HEADS, PeftLayer, read_peft, write_peft

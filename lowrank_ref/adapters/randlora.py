@@ -38,10 +38,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lowrank_ref.adapters.products import computing_dtype, is_plain, randlora_linear, through_delta
 from lowrank_ref.adapters.randlora_bases import RandomBases, seed_of, shared_bases, stacked
 from lowrank_ref.core.checks import check_number, check_rank
 from lowrank_ref.core.layers import AdaptedLinear, weight_of
+from lowrank_ref.core.products import computing_dtype, is_plain, randlora_linear, through_delta
 from lowrank_ref.core.registry import PaperInfo
 
 

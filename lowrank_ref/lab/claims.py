@@ -4,7 +4,7 @@ A verdict is prose, but it rests on a condition that is computed live. If the co
 page can show a verdict that its own numbers no longer support.
 """
 
-from lowrank_ref.lab.table import Table
+from lowrank_ref.lab.draw.table import Table
 
 __all__ = ["VERDICTS", "Claims"]
 

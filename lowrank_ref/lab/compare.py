@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lowrank_ref.lab._tools import need, numbers, progress_bar
-from lowrank_ref.lab.table import Table
+from lowrank_ref.lab.draw.table import Table
 
 __all__ = ["Best", "Comparison", "compare"]
 

@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from lowrank_ref.lab.table import Table
+from lowrank_ref.lab.draw.table import Table
 
 __all__ = ["layer_table", "provenance", "stored"]
 

@@ -1,4 +1,15 @@
-"""Few bits, ternary weights."""
+"""Few bits, ternary weights.
+
+Papers:
+
+    hgf           a ternary layer with a small gated low-rank path beside it
+
+Companions:
+
+    ternary       ternary weights and int8 activations, trained and packed
+    differential  attention as the difference of two softmax maps
+    fast          the packed products on a GPU
+"""
 
 from lowrank_ref.lowbit.differential import DifferentialAttention
 from lowrank_ref.lowbit.hgf import GateSchedule, HGFLinear, gate_penalty, gates, memory_overhead

@@ -1,4 +1,18 @@
-"""Staying right when inputs move."""
+"""Staying right when inputs move.
+
+Papers:
+
+    ramp            training against three norms at once
+    r_mtgb          boosting for many tasks, some of which are outliers
+
+Companions:
+
+    attacks         PGD and APGD in an l1, l2 or l∞ ball
+    attack_losses   what an attack makes large
+    projections     exact projections on balls cut by the box
+    threats         several norms at once
+    r_mtgb_sklearn  R-MTGB as scikit-learn estimators
+"""
 
 from typing import Any
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lowrank_ref.lab.photo import PhotoExplorer, explore_photo
+from lowrank_ref.lab.draw.photo import PhotoExplorer, explore_photo
 
 
 def pixels(rows=24, columns=17):

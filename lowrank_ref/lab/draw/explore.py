@@ -15,7 +15,7 @@ from html import escape
 from typing import Any
 
 from lowrank_ref.lab._tools import need
-from lowrank_ref.lab.svg import readout
+from lowrank_ref.lab.draw.svg import readout
 
 __all__ = ["Explorer", "explore"]
 

@@ -12,8 +12,8 @@ from html import escape
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lowrank_ref.lab.explore import MOST_BYTES, TELL, box, slider
-from lowrank_ref.lab.svg import PALETTE, line_chart, png
+from lowrank_ref.lab.draw.explore import MOST_BYTES, TELL, box, slider
+from lowrank_ref.lab.draw.svg import PALETTE, line_chart, png
 
 __all__ = ["PhotoExplorer", "explore_photo"]
 

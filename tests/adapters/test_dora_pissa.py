@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowrank_ref.adapters import DoRALinear, LoRALinear, PiSSALinear, rslora_scaling
-from lowrank_ref.adapters.lora_relatives import dora_weight, pissa_factors
+from lowrank_ref.adapters.dora_pissa import dora_weight, pissa_factors
 from lowrank_ref.core.linalg import svd
 
 

@@ -7,7 +7,7 @@ from html import unescape
 import pytest
 
 from lowrank_ref.adapters.lora import LoRALinear, delta_weight, lora_scaling
-from lowrank_ref.lab.source import beside, source
+from lowrank_ref.lab.draw.source import beside, source
 
 
 def test_shows_code_without_docstring():

@@ -3,8 +3,8 @@ import re
 
 import pytest
 
-from lowrank_ref.lab.explore import explore
-from lowrank_ref.lab.svg import line_chart
+from lowrank_ref.lab.draw.explore import explore
+from lowrank_ref.lab.draw.svg import line_chart
 
 
 def small(**grids):

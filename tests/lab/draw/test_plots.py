@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from lowrank_ref.lab import plots
 from lowrank_ref.lab.compare import compare
+from lowrank_ref.lab.draw import plots
 
 plt = pytest.importorskip("matplotlib.pyplot")
 

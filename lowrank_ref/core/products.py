@@ -5,7 +5,7 @@ Each function equals a definition up to rounding; the tests hold the two togethe
 | here              | equals                                         | keeps for backward, beside x and W         |
 |-------------------|------------------------------------------------|--------------------------------------------|
 | `lora_linear`     | x Wᵀ + b + `lora.lora_update`                  | A and B in x's dtype, s·xAᵀ (tokens, r)    |
-| `dora_linear`     | x V'ᵀ + b, V' = `lora_relatives.dora_weight`   | A and B in x's dtype, m gains              |
+| `dora_linear`     | x V'ᵀ + b, V' = `dora_pissa.dora_weight`   | A and B in x's dtype, m gains              |
 | `randlora_linear` | x Wᵀ + b + x ΔWᵀ, ΔW = `randlora.delta_weight` | the diagonals, and ΔW (fused: W + ΔW)      |
 
 Autograd's own graph would keep a second copy of x where dtypes differ, and a (tokens, m) or (m, n) matrix a product.

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 
-from lowrank_ref.lab import svg
+from lowrank_ref.lab.draw import svg
 
 NS = {"s": "http://www.w3.org/2000/svg"}
 
