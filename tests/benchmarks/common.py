@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import fcntl
 import inspect
 import json
 import os
@@ -25,7 +26,7 @@ MIB = 2**20
 
 
 def arguments(description: str, parts: tuple[str, ...], flags: dict[str, str] | None = None) -> argparse.Namespace:
-    """Read `--out FILE.json`, `--part NAME` (default all), `--seconds`, `--tiny` (measures nothing) and `--device`.
+    """Read `--out FILE.json`, `--part NAME` (default all), `--only`, `--seconds`, `--tiny` (measures nothing), `--device`.
 
     `flags` are the script's own switches, name -> help.
     """
@@ -35,6 +36,7 @@ def arguments(description: str, parts: tuple[str, ...], flags: dict[str, str] | 
     parser.add_argument("--part", choices=parts, action="append", help="run only this part; may be given twice")
     parser.add_argument("--out", type=Path, required=True, help="results file, JSON")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so long; go on later")
+    parser.add_argument("--only", default="", help="regular expression of the methods to run")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: checks the script, measures nothing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -107,7 +109,7 @@ class Runs:
         runs = Runs(args.out, "pretraining", setting="...", seconds=args.seconds)
         row = runs.row({"method": "LoRA", "lr": 1e-3, "seed": 0}, lambda: {"loss": train(...)})
 
-    A row whose key is in the file is not measured again. Each row tells in "run" which entry of the part's "runs" it
+    A row whose key is in the file is not measured again. Several processes may fill one file, with different keys. Each row tells in "run" which entry of the part's "runs" it
     belongs to: the provenance of that day. `Runs` of another setting refuse the file's rows.
 
     Args:
@@ -123,15 +125,15 @@ class Runs:
         self, path: Path, part: str, *, setting: str, packages: tuple[str, ...] = (), seconds: float, **extra: Any
     ):
         self.path, self.part, self.end = path, part, time.monotonic() + seconds
-        old = _read(path).get(part, {})
-        if old and old["setting"] != setting:
+        self.extra, self.today = {"setting": setting, **extra}, provenance(packages)
+        stored = _read(path).get(part, {}).get("setting", setting)
+        if stored != setting:
             raise ValueError(f"path: got rows of another setting in {path}, part {part}; move the file away")
-        self.rows: list[dict[str, Any]] = old.get("rows", [])
-        self.extra = {"setting": setting, **extra}
-        today, self.runs = provenance(packages), old.get("runs", [])
-        if today not in self.runs:
-            self.runs = [*self.runs, today]
-        self.number = self.runs.index(today)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows that are stored by now, those of other processes too."""
+        return _read(self.path).get(self.part, {}).get("rows", [])
 
     def row(self, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the stored row of this key, or measure and store it."""
@@ -143,12 +145,23 @@ class Runs:
             sys.exit(0)
         start = time.monotonic()
         numbers = measure()
-        row = {**key, **numbers, "seconds": round(time.monotonic() - start, 1), "run": self.number}
-        self.rows.append(row)
-        part = {**self.extra, "rows": self.rows, "runs": self.runs, "provenance": self.runs[self.number]}
-        _write(self.path, {**_read(self.path), self.part: part})
+        row = {**key, **numbers, "seconds": round(time.monotonic() - start, 1)}
+        self._store(row)
         print({k: v for k, v in row.items() if not isinstance(v, list | dict)}, flush=True)
         return row
+
+    def _store(self, row: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path.with_suffix(".lock"), "w") as lock:  # several processes may fill one file
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            whole = _read(self.path)
+            part = whole.get(self.part, {})
+            runs = part.get("runs", [])
+            runs = runs if self.today in runs else [*runs, self.today]
+            row["run"] = runs.index(self.today)
+            rows = [*part.get("rows", []), row]
+            whole[self.part] = {**self.extra, "rows": rows, "runs": runs, "provenance": self.today}
+            _write(self.path, whole)
 
 
 def block_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
