@@ -85,6 +85,19 @@ def counted(claims: list[list[str]]) -> str:
     return ", ".join(f"{verdicts[v]} {SHORT[v]}" for v in VERDICTS if verdicts[v])
 
 
+def told(claims: list[list[str]]) -> str:
+    """The claims that rest on seeds, each with its interval, folded."""
+    items = [
+        f"<li>{escape(claim)}: {escape(interval)}, {seeds} seeds, <b>{verdict}</b></li>"
+        for claim, _, _, interval, seeds, verdict in claims
+        if seeds
+    ]
+    if not items:
+        return ""
+    fold = '<details class="fold"><summary>intervals</summary><ul>'
+    return f"{fold}{''.join(items)}</ul></details>"
+
+
 def table(
     header: list[str],
     rows: list[list[str]],
@@ -134,7 +147,7 @@ def chooser(book: Path) -> str:
                 f"{named(key)}: {escape(condition)}"
                 for key, condition in paper.instead.items()
             )
-            evidence = link(paper, anchor, counted(claimed) or "read")
+            evidence = link(paper, anchor, counted(claimed) or "read") + told(claimed)
             rows.append([link(paper), escape(paper.use_when), instead, evidence])
         if rows:
             header = ["method", "use it when", "rather", "its claims, measured here"]
