@@ -52,13 +52,15 @@ def _version(package: str) -> str:
 
 
 def commit() -> str:
-    """Return the commit of this tree, with "+" where files differ from it; LOWRANK_COMMIT tells it without git."""
+    """Return LOWRANK_COMMIT, for a copy of the tree without its history, or the commit, with "+" where files differ."""
+    if told := os.environ.get("LOWRANK_COMMIT"):
+        return told
     try:
         git = ["git", "-C", str(ROOT)]
         head = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True, stderr=subprocess.DEVNULL)
         changed = subprocess.check_output([*git, "status", "--porcelain", "lowrank_ref", "tests"], text=True)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("LOWRANK_COMMIT", "unknown")
+        return "unknown"
     return head.strip() + ("+" if changed else "")
 
 
