@@ -6,11 +6,13 @@ file holds the SHA-256 of its content. Files appear whole or not at all: they ar
 moved onto it.
 """
 
+import contextlib
 import hashlib
+import importlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,10 +44,26 @@ def check_file(path: Path) -> None:
         raise ValueError(f"path: got {path}, which is no regular file, wanted a file")
 
 
+@contextlib.contextmanager
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Let others wait who read or write several files of this folder as one, where the system and the disk can."""
+    if os.name != "posix":
+        yield
+        return
+    fcntl, handle = importlib.import_module("fcntl"), os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_files(contents: Mapping[Path, bytes]) -> None:
     """Write files, each in one step: a crash leaves the old file or the new one, never half of it. Links are followed.
 
-    All are written beside their places, under names that nobody else uses, before the first is moved.
+    All are written beside their places, under names that nobody else uses, before the first is moved. Several are of
+    one folder, and change together for readers who take its lock.
 
     Raises:
         ValueError: something that is no regular file stands at a path.
@@ -62,8 +80,9 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        for beside, target in moves.items():
-            os.replace(beside, target)
+        with locked(target.parent) if len(moves) > 1 else contextlib.nullcontext():
+            for beside, target in moves.items():
+                os.replace(beside, target)
     finally:
         for beside in moves:
             beside.unlink(missing_ok=True)

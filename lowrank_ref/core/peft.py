@@ -19,7 +19,7 @@ import safetensors.torch
 from torch import Tensor
 
 from lowrank_ref.core.checks import check_finite, check_number, finite
-from lowrank_ref.core.io import DIGEST, cpu_copies, digest, read_file, read_safetensors, refuse, write_files
+from lowrank_ref.core.io import DIGEST, cpu_copies, digest, locked, read_file, read_safetensors, refuse, write_files
 from lowrank_ref.core.patterns import matches
 
 _PREFIX = "base_model.model."
@@ -164,8 +164,8 @@ def write_peft(
 ) -> None:
     """Write updates as a folder that huggingface/peft loads: float32 tensors, α = s·r.
 
-    Both files are written before either is put in place. Who is killed between the two leaves a folder that `read_peft`
-    refuses.
+    Both files are put in place together: of two writers the last wins. Who is killed between the two moves leaves a
+    folder that `read_peft` refuses.
 
     Args:
         folder: created if needed; its adapter files are replaced.
@@ -270,9 +270,10 @@ def read_peft(folder: str | Path, *, embeddings: Iterable[str] = ()) -> PeftChec
             partner, a wrong shape, or NaN.
     """
     folder, embeddings = Path(folder), set(embeddings)
-    config = _read_config(folder / _CONFIG)
     path = folder / _TENSORS
-    tensors, header = read_safetensors(path)
+    with locked(folder, shared=True):
+        config = _read_config(folder / _CONFIG)
+        tensors, header = read_safetensors(path)
     if DIGEST in header and header[DIGEST] != digest(tensors, _facts(config)):
         raise ValueError(f"folder: got {folder}, damaged or of two saves (another SHA-256), wanted it as written")
     checkpoint = PeftCheckpoint(config, {}, {})
