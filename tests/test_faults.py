@@ -302,7 +302,7 @@ def killed(kind, folder):
 
 @each_kind
 def test_a_writer_killed_anywhere_leaves_a_whole_file(kind, tmp_path):
-    found = killed(kind, tmp_path / "x")
+    found = killed(kind, tmp_path / "folder")
     assert not [key for key in found if "WRONG" in key]
     assert found["killed"] >= 6 and found["whole"] >= 6
     assert found["refused"] <= (2 if kind == "PEFT" else 0)  # between the two moves of a folder
