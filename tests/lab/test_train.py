@@ -1,9 +1,4 @@
 import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from functools import partial
 
 import pytest
@@ -273,56 +268,6 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     again, optimizer = setup(seed=9)
     second = train(again, pytest.fail, pytest.fail, optimizer, steps=3, checkpoint=tmp_path / "c.pt", progress=False)
     assert torch.equal(weights(model), weights(again)) and first == second
-
-
-SCRIPT = textwrap.dedent(
-    """
-    import sys, time, torch
-    from torch.nn import functional as F
-    from lowrank_ref.lab.data import array_batches
-    from lowrank_ref.lab.models import MLP
-    from lowrank_ref.lab.train import train
-
-    torch.set_num_threads(1)
-    path, slow = sys.argv[1], float(sys.argv[2])
-    g = torch.Generator().manual_seed(0)
-    x, y = torch.randn(64, 4, generator=g), torch.randn(64, 1, generator=g)
-    torch.manual_seed(0)
-    model = MLP((4, 8, 1), generator=g)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-
-    def loss(model, x, y):
-        time.sleep(slow)
-        return F.mse_loss(F.dropout(model(x), 0.1), y)
-
-    train(model, array_batches(x, y, batch=16, seed=0), loss, optimizer, steps=40, checkpoint=path, save_every=3,
-          progress=False)
-    """
-)
-
-
-def test_killed_and_resumed_ends_in_the_same_bits(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    whole, part = tmp_path / "whole.pt", tmp_path / "part.pt"
-    subprocess.run([sys.executable, script, whole, "0"], check=True)
-
-    process = subprocess.Popen([sys.executable, script, part, "0.25"])
-    for _ in range(600):  # until it has written something, at most a minute
-        if part.exists() or process.poll() is not None:
-            break
-        time.sleep(0.1)
-    assert process.poll() is None, "the run ended before it could be killed"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    done = len(torch.load(part, weights_only=True)["history"]["loss"])
-    assert 3 <= done < 40
-
-    subprocess.run([sys.executable, script, part, "0"], check=True)
-    one, two = (torch.load(p, weights_only=True) for p in (whole, part))
-    assert one["history"] == two["history"] and len(one["history"]["loss"]) == 40
-    assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
-    assert torch.equal(one["rng"], two["rng"])
 
 
 def test_an_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
