@@ -80,6 +80,7 @@ class LoRAConv2d(Adapter):
         base: `nn.Conv2d` with groups = 1 (a grouped update cannot be merged).
         rank: r, 1 <= r <= min(out, in·k·k).
         alpha: α > 0; the scale is `scaling(alpha, rank)`.
+        dropout: probability in [0, 1) of zeroing an input of the update (not of the base).
         scaling: `lora_scaling` or `rslora_scaling`.
         generator: source of A.
     """
@@ -93,6 +94,7 @@ class LoRAConv2d(Adapter):
         rank: int = 8,
         *,
         alpha: float = 16.0,
+        dropout: float = 0.0,
         scaling: Callable[[float, int], float] = lora_scaling,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -100,9 +102,11 @@ class LoRAConv2d(Adapter):
             raise TypeError(f"base: got {base!r}, wanted nn.Conv2d with groups=1")
         check_floating("base.weight", base.weight)
         check_number("alpha", alpha, low=0, open_low=True)
+        check_number("dropout", dropout, low=0, high=1 - 1e-9)
         A, B = init_factors(base.weight.detach().flatten(1), rank, generator)
         super().__init__(base)
         self.rank, self.scale = rank, scaling(alpha, rank)
+        self.dropout = nn.Dropout(dropout).train(base.training)
         self.A = nn.Parameter(A.view(rank, *base.weight.shape[1:]))
         self.B = nn.Parameter(B[:, :, None, None].clone())
 
@@ -111,10 +115,11 @@ class LoRAConv2d(Adapter):
         return delta_weight(self.A.flatten(1), self.B.flatten(1), self.scale).view_as(self.base.weight)
 
     def forward(self, x: Float[Tensor, "*batch in_ h w"]) -> Float[Tensor, "*batch out h2 w2"]:
-        """Return base(x) + s·B(A(x)); padding, stride and dilation belong to A."""
+        """Return base(x) + s·B(A(dropout(x))); padding, stride and dilation belong to A."""
         conv = self.base
         out = conv(x)
-        hidden = conv._conv_forward(x if torch.is_autocast_enabled() else x.to(self.A.dtype), self.A, None)
+        x = self.dropout(x if torch.is_autocast_enabled() else x.to(self.A.dtype))
+        hidden = conv._conv_forward(x, self.A, None)
         return out + (self.scale * F.conv2d(hidden, self.B)).to(out.dtype)
 
     def lora_factors(self) -> tuple[Tensor, Tensor, float]:

@@ -32,13 +32,18 @@ def check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: got dtype {value.dtype}, wanted a floating-point dtype")
 
 
+def finite(value: Tensor) -> Tensor:
+    """Return which entries are finite, as `torch.isfinite` does, also for the float8 dtypes that it does not know."""
+    return torch.isfinite(value.float() if value.is_floating_point() and value.element_size() == 1 else value)
+
+
 def check_finite(name: str, value: Tensor) -> None:
     """Require that no entry is NaN or infinite.
 
     Raises:
         ValueError: with the number of bad entries.
     """
-    bad = int((~torch.isfinite(value)).sum())
+    bad = int((~finite(value)).sum())
     if bad:
         raise ValueError(f"{name}: got {bad} NaN or infinite entries of {value.numel()}, wanted finite numbers")
 
