@@ -83,6 +83,11 @@ def project_back(
     return D if right is None else D @ right.T
 
 
+def wide(T: Tensor) -> Tensor:
+    """Return a float16 tensor as float32, since its range holds no squares of gradients; another tensor itself."""
+    return T.float() if T.dtype == torch.float16 else T
+
+
 def adam_directions(
     R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[int], *, betas: tuple[float, float], eps: float
 ) -> list[Tensor]:
@@ -149,21 +154,23 @@ class GaLore(ProjectedOptimizer):
 
     def update(self, ps: list[Tensor], group: dict[str, Any]) -> None:
         """Take one step of each parameter from its gradient."""
+        change, waiting = self.changes(ps, group) if group["rank"] is not None else ([], [])
         states, grads = [self.state[p] for p in ps], [p.grad for p in ps if p.grad is not None]
+        old = [states[i] if states[i].get("step") else {} for i in change]
+        asked = ([grads[i] for i in change], old, group["rank"])
+        for i, found in zip(change, in_batches(projectors, *asked, side=group["side"], basis=self.basis)):
+            states[i].update(found)
         for state in states:
             state["step"] = state.get("step", 0) + 1
-        if group["rank"] is not None:
-            due = [i for i, p in enumerate(ps) if self.due(p, states[i]["step"], group)]
-            asked = ([grads[i] for i in due], [states[i] for i in due], group["rank"])
-            for i, found in zip(due, in_batches(projectors, *asked, side=group["side"], basis=self.basis)):
-                states[i].update(found)
         bases = [{key: state[key] for key in ("left", "right") if key in state} for state in states]
         factor = -group["lr"] * (group["scale"] if group["rank"] is not None else 1.0)
         keep = 1 - group["lr"] * group["weight_decay"]
         rest = self.quick_steps(ps, states, bases, group, factor, keep)
-        R = [project(grads[i], **bases[i]) for i in rest]
+        R = [project(wide(grads[i]), **{key: wide(P) for key, P in bases[i].items()}) for i in rest]
         for i, N in zip(rest, self.directions(R, [states[i] for i in rest], group) if rest else []):
             add_back(ps[i], N, factor, keep=keep, **bases[i])
+        for i in waiting:
+            states[i]["step"] = 0
 
     def quick_steps(self, ps: list[Tensor], *more: Any) -> list[int]:
         """Take the steps that have a faster equal form; return the numbers of the others, here all."""
