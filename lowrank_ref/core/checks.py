@@ -101,7 +101,7 @@ def check_names(
     known = sorted(known)
     for stranger in sorted(set(got) - set(known)):
         inside = [word for word in known if len(word) > 2 and word in stranger]
-        near = [(elsewhere or {}).get(stranger), *inside, *difflib.get_close_matches(stranger, known)]
+        near = [(elsewhere or {}).get(stranger), *difflib.get_close_matches(stranger, known), *inside]
         best = next((word for word in near if word), None)
         hint = "" if best is None else f" (near: {best!r})"
         raise ValueError(f"{name}: got unknown {stranger!r}{hint}, wanted some of {known}")

@@ -107,6 +107,8 @@ def train(
         if not math.isfinite(mean):
             raise FloatingPointError(f"loss: got {mean} at step {step}, wanted a finite number (a smaller lr?)")
         if clip is not None:
+            if all(p.grad is None for p in model.parameters()):  # nothing would be clipped, silently
+                raise ValueError(f"clip: got {clip} and no gradient, as with per-layer updates; wanted clip=None there")
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         for action in actions:

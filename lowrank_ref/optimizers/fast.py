@@ -50,6 +50,11 @@ def in_batches(
     return [{key: P.contiguous() if P.is_cuda else P for key, P in bases.items()} for bases in found]  # for the kernels
 
 
+def wide(T: Tensor) -> Tensor:
+    """Return a float16 tensor as float32, since its range holds no squares of gradients; another tensor itself."""
+    return T.float() if T.dtype == torch.float16 else T
+
+
 def add_back(
     W: Tensor,
     N: Tensor,
@@ -126,8 +131,8 @@ def norms(tensors: list[Tensor]) -> Tensor:
     kinds = [(T.device, T.dtype) for T in tensors]
     for kind in dict.fromkeys(kinds):
         mine = [i for i, other in enumerate(kinds) if other == kind]
-        wide = {"dtype": torch.float32} if kind[1] == torch.float16 else {}
-        found |= zip(mine, torch._foreach_norm([tensors[i] for i in mine], **wide))
+        dtype = torch.float32 if kind[1] == torch.float16 else None
+        found |= zip(mine, torch._foreach_norm([tensors[i] for i in mine], dtype=dtype))
     return torch.stack([found[i].to(tensors[0].device) for i in range(len(tensors))])
 
 

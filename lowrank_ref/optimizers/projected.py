@@ -1,6 +1,6 @@
 """Base of the optimizers that step in a projected space: option checks, the step loop, strict loading."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -22,8 +22,8 @@ OFFICIAL = {"update_proj_gap": "gap", "proj_type": "side"}
 class ProjectedOptimizer(torch.optim.Optimizer):
     """An optimizer whose groups may carry a "rank". A subclass defines `update(ps, group)`, a step of some parameters.
 
-    Every group has the options lr, rank (or None), gap, scale, side, spread and weight_decay, and the name of the
-    optimizer and the shapes of its parameters, by which a state is recognised on loading.
+    Every group has the options lr, rank (or None), gap, scale, side, spread and weight_decay, perhaps betas and eps,
+    and the name of the optimizer and the shapes of its parameters, by which a state is recognised on loading.
     """
 
     def __init__(self, params: Any, options: dict[str, Any]) -> None:
@@ -58,8 +58,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             tells = p.grad is not None and bool(p.grad.any())
             if tells or not state:
                 change.append(i)
-            if tells:
+            if tells and state.get("step"):
                 state.pop("late", None)
+            elif tells:
+                state.clear()  # what was there while it waited
             elif state.get("step"):
                 state["late"] = True
             else:
@@ -85,6 +87,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         check_number("scale", group["scale"], low=0, open_low=True)
         check_number("weight_decay", group["weight_decay"], low=0)
         check_integer("gap", group["gap"], low=1)
+        check_number("eps", group.get("eps", 0.0), low=0)
+        betas = group.get("betas", (0.0, 0.0))
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise ValueError(f"betas: got {betas!r}, wanted two numbers (β₁, β₂)")
+        for i, beta in enumerate(betas):
+            check_number(f"betas[{i}]", beta, low=0, high=1 - 1e-12)
         sides((1, 1), group["side"])
         for shape in group["shapes"] if group["rank"] is not None else ():
             if len(shape) != 2:
@@ -98,7 +106,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.check_shapes()
+        if "grad_scale" in vars(self):  # set by a GradScaler
+            del vars(self)["grad_scale"], vars(self)["found_inf"]
+            raise RuntimeError("step: got a GradScaler, whose factor per-layer updates took for gradient, wanted none")
+        for group in self.param_groups:
+            for p, shape in zip(group["params"], group["shapes"]):
+                check_shape(p, shape)
         todo = [([p for p in group["params"] if p.grad is not None], group) for group in self.param_groups]
         check_gradients([p.grad for ps, _ in todo for p in ps])
         for ps, group in todo:
@@ -107,15 +120,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
                     self.update(matrices, group)
         return loss
 
-    def check_shapes(self) -> None:
-        """Raise a ValueError if a parameter has another shape than at construction, as when it was flattened since."""
-        for group in self.param_groups:
-            for p, shape in zip(group["params"], group["shapes"]):
-                if tuple(p.shape) != tuple(shape):
-                    raise ValueError(
-                        f"params: got shape {tuple(p.shape)}, wanted {tuple(shape)} as at construction (FSDP1 flattens"
-                        " parameters; shard with fully_shard, or build the optimizer afterwards)"
-                    )
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Let a `GradScaler` call `step` without unscaling where there is nothing to unscale: `step` refuses it."""
+        return any(steps_in_backward(p) for group in self.param_groups for p in group["params"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of the same class and shapes. Tensors keep their dtype; PyTorch would cast them to the weight's.
@@ -145,8 +153,8 @@ def sides(shape: tuple[int, int], side: str) -> tuple[bool, bool]:
 
     Args:
         shape: (m, n).
-        side: "smaller" (the default: state (max(m, n), r)), "larger", "left", "right" or "both". Square counts as tall, as
-            in the official code; the paper writes its algorithm for m <= n, so it would project a square on the left.
+        side: "smaller" (the default: state (max(m, n), r)), "larger", "left", "right" or "both". Square counts as tall,
+            as in the official code; the paper's algorithm, written for m <= n, would project a square on the left.
 
     Returns:
         (left, right).
@@ -162,6 +170,21 @@ def sides(shape: tuple[int, int], side: str) -> tuple[bool, bool]:
     if side not in table:
         raise ValueError(f"side: got {side!r}, wanted one of {sorted(table)}")
     return table[side]
+
+
+def steps_in_backward(p: Tensor) -> bool:
+    """Tell whether a parameter has a hook of `galore_variants.per_layer_updates`."""
+    hooks = getattr(p, "_post_accumulate_grad_hooks", None) or {}
+    return any(hasattr(hook, "steps") for hook in hooks.values())
+
+
+def check_shape(p: Tensor, shape: Sequence[int]) -> None:
+    """Raise a ValueError if a parameter has another shape than at construction: FSDP1, for one, flattens them."""
+    if tuple(p.shape) != tuple(shape):
+        raise ValueError(
+            f"params: got shape {tuple(p.shape)}, wanted {tuple(shape)} as at construction: build the optimizer last,"
+            " and shard with fully_shard"
+        )
 
 
 def check_gradients(gradients: list[Tensor]) -> None:
