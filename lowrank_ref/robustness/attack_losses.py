@@ -12,16 +12,33 @@ difference of logits ratio (DLR) does not change when logits are scaled or shift
 
 import math
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
 from lowrank_ref.core.checks import check_integer
 
+#: PyTorch would give this label the loss 0, whatever the logits. By default it is -100.
+NO_LABEL = -(2**62)
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """Require int64 labels from 0 to classes - 1. The losses leave this to the attacks: it needs a look at the labels.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: a label out of range.
+    """
+    if y.dtype != torch.int64:
+        raise TypeError(f"y: got dtype {y.dtype}, wanted labels of torch.int64")
+    if bool(((y < 0) | (y >= classes)).any()):
+        raise ValueError(f"y: got labels from {int(y.min())} to {int(y.max())}, wanted 0 to {classes - 1}")
+
 
 def cross_entropy(logits: Float[Tensor, "batch classes"], y: Int64[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-    """Return the cross-entropy of every sample, in nats."""
-    return F.cross_entropy(logits, y, reduction="none")
+    """Return the cross-entropy of every sample, in nats. No label is ignored: one of -100 raises PyTorch's error."""
+    return F.cross_entropy(logits, y, reduction="none", ignore_index=NO_LABEL)
 
 
 def dlr(logits: Float[Tensor, "batch classes"], y: Int64[Tensor, " batch"]) -> Float[Tensor, " batch"]:
