@@ -155,9 +155,10 @@ class GaLore(ProjectedOptimizer):
         """Take one step of each parameter from its gradient."""
         change, waiting = self.changes(ps, group) if group["rank"] is not None else ([], [])
         states, grads = [self.state[p] for p in ps], [p.grad for p in ps if p.grad is not None]
-        asked = ([grads[i] for i in change], [states[i] for i in change], group["rank"])
-        for i, found in zip(change, in_batches(projectors, *asked, side=group["side"], basis=self.basis)):
-            states[i].update(found)
+        if change:
+            asked = ([grads[i] for i in change], [states[i] for i in change], group["rank"])
+            for i, found in zip(change, in_batches(projectors, *asked, side=group["side"], basis=self.basis)):
+                states[i].update(found)
         for state in states:
             state["step"] = state.get("step", 0) + 1
         bases = [{key: state[key] for key in ("left", "right") if key in state} for state in states]
