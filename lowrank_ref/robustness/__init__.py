@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from typing import Any
 
-from lowrank_ref.robustness.attack_losses import cross_entropy, dlr, targeted_dlr
+from lowrank_ref.robustness.attack_losses import cross_entropy, dlr, ranked_class, targeted_dlr
 from lowrank_ref.robustness.attacks import Attacked, apgd, pgd, random_start
 from lowrank_ref.robustness.projections import project
 from lowrank_ref.robustness.ramp import GradientProjection, ramp_loss
@@ -18,6 +18,7 @@ __all__ = [
     "pgd",
     "project",
     "ramp_loss",
+    "ranked_class",
     "random_start",
     "survivors",
     "targeted_dlr",

@@ -4,7 +4,7 @@
 |-----------------------------------------------------|-----------------|
 | cross-entropy                                       | `cross_entropy` |
 | DLR (Croce and Hein, 2003.01690, section 4)         | `dlr`           |
-| DLR towards a class (the same, section 4)           | `targeted_dlr`  |
+| DLR towards a class (the same, section 4)           | `targeted_dlr`, `ranked_class` |
 
 Cross-entropy has no gradient left where the network is certain (in float32 from a margin of about 100 on). The
 difference of logits ratio (DLR) does not change when logits are scaled or shifted, so certainty does not protect.
@@ -55,15 +55,31 @@ def dlr(logits: Float[Tensor, "batch classes"], y: Int64[Tensor, " batch"]) -> F
     return (other - true[:, 0]) / (top[:, 0] - top[:, 2]).clamp_min(1e-12)
 
 
+def ranked_class(
+    logits: Float[Tensor, "batch classes"], y: Int64[Tensor, " batch"], target: int = 1
+) -> Int64[Tensor, " batch"]:
+    """Return of every sample the wrong class with the `target`-th largest logit, 1 = the best."""
+    check_integer("target", target, low=1)
+    if target >= logits.shape[1]:
+        raise ValueError(f"target: got {target} with {logits.shape[1]} classes, wanted target < classes")
+    return logits.scatter(1, y[:, None], -math.inf).topk(target, dim=1).indices[:, -1]
+
+
 def targeted_dlr(
-    logits: Float[Tensor, "batch classes"], y: Int64[Tensor, " batch"], *, target: int = 1
+    logits: Float[Tensor, "batch classes"],
+    y: Int64[Tensor, " batch"],
+    *,
+    target: int = 1,
+    classes: Int64[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, " batch"]:
     """Return (target - true) / (largest - mean of third and fourth logit).
 
     Args:
         logits: at least 4 classes.
         y: labels.
-        target: which wrong class to aim at, 1 = the best at this point.
+        target: which wrong class to aim at, 1 = the best at this point: another one as soon as the ranks change.
+        classes: the class to aim at, of each sample. An attack such as APGD-T keeps the one of the clean image:
+            `partial(targeted_dlr, classes=ranked_class(model(x), y, target))`.
 
     Raises:
         ValueError: fewer than 4 classes, or target not in [1, classes - 1].
@@ -72,6 +88,6 @@ def targeted_dlr(
     if logits.shape[1] < 4 or target >= logits.shape[1]:
         raise ValueError(f"target: got {target} with {logits.shape[1]} classes, wanted target < classes, classes >= 4")
     top = logits.topk(4, dim=1).values
-    true = logits.gather(1, y[:, None])
-    wrong = logits.scatter(1, y[:, None], -math.inf).topk(target, dim=1).values[:, -1]
-    return (wrong - true[:, 0]) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp_min(1e-12)
+    aim = ranked_class(logits, y, target) if classes is None else classes
+    true, wrong = (logits.gather(1, label[:, None])[:, 0] for label in (y, aim))
+    return (wrong - true) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp_min(1e-12)
