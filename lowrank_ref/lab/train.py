@@ -89,7 +89,7 @@ def train(
         steps: optimizer steps, >= 1, counted from the beginning also after a resume.
         schedule: step (from 0) -> factor >= 0 on every group's first learning rate, which is kept in its "initial_lr";
             None leaves the rates alone.
-        actions: their `.step()` is called, in order, after `optimizer.step()`.
+        actions: their `.step()` is called, in order, after `optimizer.step()`; those that are attached act themselves.
         accumulate: batches averaged into one step, >= 1.
         clip: longest allowed gradient, > 0, as the 2-norm over all parameters; None does not clip.
         evaluate: model -> named numbers, at the end and every `every` steps.
@@ -152,7 +152,8 @@ def train(
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             for action in actions:
-                action.step()
+                if not getattr(action, "attached", False):  # that one acted inside optimizer.step()
+                    action.step()
             history.loss.append(mean)
 
             last = step + 1 == steps
