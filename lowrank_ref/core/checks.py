@@ -1,7 +1,8 @@
 """Argument checks. Every message names the argument, what came, and what was wanted."""
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -81,3 +82,26 @@ def check_number(
         raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}, wanted a number")
     if not math.isfinite(value) or not (low < value if open_low else low <= value) or value > high:
         raise ValueError(f"{name}: got {value!r}, wanted a finite number in {'(' if open_low else '['}{low}, {high}]")
+
+
+def check_names(
+    name: str, got: Iterable[str], known: Iterable[str], *, elsewhere: Mapping[str, str] | None = None
+) -> None:
+    """Require that all names are known.
+
+    Args:
+        name: the argument.
+        got: names that came.
+        known: names that have a meaning.
+        elsewhere: what other packages call things -> the known name.
+
+    Raises:
+        ValueError: an unknown name; the message has its nearest relatives and all known names.
+    """
+    known = sorted(known)
+    for stranger in sorted(set(got) - set(known)):
+        inside = [word for word in known if len(word) > 2 and word in stranger]
+        near = [(elsewhere or {}).get(stranger), *difflib.get_close_matches(stranger, known), *inside]
+        best = next((word for word in near if word), None)
+        hint = "" if best is None else f" (near: {best!r})"
+        raise ValueError(f"{name}: got unknown {stranger!r}{hint}, wanted some of {known}")

@@ -67,7 +67,7 @@ def train(
         steps: optimizer steps, counted from the beginning also after a resume.
         schedule: step (from 0) -> factor on every group's first learning rate, which is kept in its "initial_lr";
             None leaves the rates alone.
-        actions: their `.step()` is called, in order, after `optimizer.step()`.
+        actions: their `.step()` is called, in order, after `optimizer.step()`; those that are attached act themselves.
         accumulate: batches averaged into one step.
         clip: longest allowed gradient, as the 2-norm over all parameters.
         evaluate: model -> named numbers, at the end and every `every` steps.
@@ -107,10 +107,13 @@ def train(
         if not math.isfinite(mean):
             raise FloatingPointError(f"loss: got {mean} at step {step}, wanted a finite number (a smaller lr?)")
         if clip is not None:
+            if all(p.grad is None for p in model.parameters()):  # nothing would be clipped, silently
+                raise ValueError(f"clip: got {clip} and no gradient, as with per-layer updates; wanted clip=None there")
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         for action in actions:
-            action.step()
+            if not getattr(action, "attached", False):  # that one acted inside optimizer.step()
+                action.step()
         history.loss.append(mean)
 
         last = step + 1 == steps

@@ -33,6 +33,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowrank_ref.core.actions import Action
 from lowrank_ref.core.checks import check_integer, check_number, check_rank
 from lowrank_ref.core.layers import weight_of
 from lowrank_ref.core.registry import PaperInfo
@@ -181,8 +182,8 @@ def gates(model: nn.Module) -> Float[Tensor, " layers"]:
     return torch.stack([layer.gate() for layer in hgf_layers(model)])
 
 
-class GateSchedule:
-    """The three phases of all gates of a model: a ramp from 0 to g₀, training, and frozen. Call `step()` every step.
+class GateSchedule(Action):
+    """The three phases of all gates of a model: a ramp from 0 to g₀, training, and frozen. Attach it to the optimizer.
 
     Args:
         model: holds `HGFLinear` layers.
@@ -199,7 +200,7 @@ class GateSchedule:
         self.layers, self.warmup, self.freeze, self.steps = hgf_layers(model), warmup, freeze, 0
         self._apply()
 
-    def step(self) -> None:
+    def act(self) -> None:
         """Count one step and set all gates for the next one."""
         self.steps += 1
         self._apply()
@@ -218,7 +219,7 @@ class GateSchedule:
         """Return the count of steps. What the gates are held at stands in the model's own state."""
         return {"steps": self.steps, "warmup": self.warmup, "freeze": self.freeze}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Go on from a saved state; the model's is loaded first or afterwards. ValueError: of another schedule."""
         if {**state, "steps": 0} != {**self.state_dict(), "steps": 0}:
             raise ValueError(f"state: got {state}, wanted a schedule with {self.state_dict()}")
