@@ -1,10 +1,12 @@
 """What acts while a model trains: proximal steps, schedules, samplers and allocators of ranks."""
 
 import copy
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.hooks import RemovableHandle
+
+Self = TypeVar("Self", bound="Action")
 
 
 def innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -68,7 +70,7 @@ class Action:
         """Tell whether it acts by itself."""
         return self._handle is not None
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> Self:
+    def attach(self: Self, optimizer: torch.optim.Optimizer) -> Self:
         """Act from now on after every step of this optimizer, until `detach()`. Returns the action.
 
         Raises:

@@ -38,7 +38,11 @@ def optimizer_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
     free = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "no_decay", ())}
     free |= {id(p) for p in trained if p.ndim < 2}
     groups = [
-        {"params": [p for p in trained if (id(p) in free) == spared], "lr": lr, "weight_decay": 0.0 if spared else weight_decay}
+        {
+            "params": [p for p in trained if (id(p) in free) == spared],
+            "lr": lr,
+            "weight_decay": 0.0 if spared else weight_decay,
+        }
         for spared in (False, True)
     ]
     return [group for group in groups if group["params"]]

@@ -104,8 +104,30 @@ def add_adam(
 
 
 def one_pass(R: list[Tensor], steps: list[int]) -> bool:
-    """Tell whether `fused_directions` takes these: on a GPU, of one dtype and step."""
-    return bool(R) and R[0].is_cuda and len({(r.device, r.dtype, step) for r, step in zip(R, steps)}) == 1
+    """Tell whether `add_adam` takes these: on a CPU or a GPU, contiguous, of one dtype and step."""
+    kinds = {(r.device, r.dtype, r.is_contiguous(), step) for r, step in zip(R, steps)}
+    return len(kinds) == 1 and R[0].is_contiguous() and R[0].device.type in ("cpu", "cuda")
+
+
+def plain_steps(
+    ps: list[Tensor], R: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any], factor: float, keep: float
+) -> bool:
+    """Take Adam's steps of unprojected parameters in one pass, without a direction beside W; tell whether it fits."""
+    fit = one_pass([*ps, *R], [state["step"] for state in states] * 2)
+    if fit:
+        M, V = moments(R, states)
+        add_adam(ps, R, M, V, states[0]["step"], factor, group)
+        if keep != 1.0:
+            torch._foreach_mul_(ps, keep)
+    return fit
+
+
+def moments(R: list[Tensor], states: list[dict[str, Any]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the two moments of each (projected) gradient; those that do not exist yet are made."""
+    for r, state in zip(R, states):
+        if "M" not in state:
+            state["M"], state["V"] = torch.zeros_like(r), torch.zeros_like(r)
+    return [state["M"] for state in states], [state["V"] for state in states]
 
 
 def fused_directions(

@@ -35,7 +35,8 @@ from torch import Tensor
 
 from lowrank_ref.core.linalg import gram_basis
 from lowrank_ref.core.registry import PaperInfo
-from lowrank_ref.optimizers.fast import add_back, fused_directions, in_batches, kernel_steps, one_pass, wide
+from lowrank_ref.optimizers import fast
+from lowrank_ref.optimizers.fast import add_back, in_batches, wide
 from lowrank_ref.optimizers.projected import ProjectedOptimizer, sides
 
 Basis = Callable[..., Tensor]
@@ -155,9 +156,10 @@ class GaLore(ProjectedOptimizer):
         """Take one step of each parameter from its gradient."""
         change, waiting = self.changes(ps, group) if group["rank"] is not None else ([], [])
         states, grads = [self.state[p] for p in ps], [p.grad for p in ps if p.grad is not None]
-        asked = ([grads[i] for i in change], [states[i] for i in change], group["rank"])
-        for i, found in zip(change, in_batches(projectors, *asked, side=group["side"], basis=self.basis)):
-            states[i].update(found)
+        if change:
+            asked = ([grads[i] for i in change], [states[i] for i in change], group["rank"])
+            for i, found in zip(change, in_batches(projectors, *asked, side=group["side"], basis=self.basis)):
+                states[i].update(found)
         for state in states:
             state["step"] = state.get("step", 0) + 1
         bases = [{key: state[key] for key in ("left", "right") if key in state} for state in states]
@@ -201,18 +203,19 @@ class GaLoreAdamW(GaLore):
         super().__init__(params, lr, own={"betas": betas, "eps": eps}, **options)
 
     def directions(self, R: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Iterable[Tensor]:
-        """Return Adam's directions; on a GPU in one pass, where all are of one dtype and step."""
-        for r, state in zip(R, states):
-            if "M" not in state:
-                state["M"], state["V"] = torch.zeros_like(r), torch.zeros_like(r)
-        M, V, steps = ([state[key] for state in states] for key in ("M", "V", "step"))
-        if one_pass(R, steps):
-            return fused_directions(R, M, V, steps[0], group)
+        """Return Adam's directions; in one pass where all are of one dtype and step."""
+        (M, V), steps = fast.moments(R, states), [state["step"] for state in states]
+        if fast.one_pass(R, steps):
+            return fast.fused_directions(R, M, V, steps[0], group)
         return adam_directions(R, M, V, steps, betas=group["betas"], eps=group["eps"])
 
-    def quick_steps(self, *arguments: Any) -> list[int]:
-        """Use the Triton kernels where they apply."""
-        return kernel_steps(*arguments)
+    def quick_steps(self, ps: list[Tensor], *more: Any) -> list[int]:
+        """Use the Triton kernels where they apply, and one pass where nothing is projected."""
+        states, _, group, *factors = more
+        grads = [wide(p.grad) for p in ps if p.grad is not None]
+        if group["rank"] is None and fast.plain_steps(ps, grads, states, group, *factors):
+            return []
+        return fast.kernel_steps(ps, *more)
 
 
 class GaLoreSGD(GaLore):

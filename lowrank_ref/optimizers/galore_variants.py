@@ -119,7 +119,7 @@ def processes() -> int:
     return torch.distributed.get_world_size() if here else 1
 
 
-def per_layer_updates(optimizer: GaLore) -> list[Any]:
+def per_layer_updates(optimizer: ProjectedOptimizer) -> list[Any]:
     """Let every parameter step inside `backward()` as soon as its gradient is complete, and free the gradient.
 
     At most one layer's gradient is then alive. Call `optimizer.step()` once after each backward pass, as usual: it

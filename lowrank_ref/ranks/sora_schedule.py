@@ -11,7 +11,7 @@ caller's: one that has fallen to 0 also stops coupled shrinking. Let it start ag
 """
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -41,10 +41,14 @@ def threshold_levels(first: float, last: float, count: int, spacing: str = "line
     share = torch.linspace(0, 1, count, dtype=torch.float64)
     low, high = torch.tensor([first, last], dtype=torch.float64)
     if spacing == "linear":
-        return (low + share * (high - low)).tolist()
-    if spacing == "log":
-        return (low.exp() + share * (high.exp() - low.exp())).log().tolist()
-    return (low * (high / low) ** share).tolist()
+        levels = low + share * (high - low)
+    elif spacing == "log" and last - first < 1:  # log(exp ξ₁ + share·(exp ξ_N - exp ξ₁)), for small and for large ξ
+        levels = low + torch.log1p(share * torch.expm1(high - low))
+    elif spacing == "log":
+        levels = torch.logaddexp(low + torch.log1p(-share), high + torch.log(share))
+    else:
+        levels = (low.log() + share * (high.log() - low.log())).exp()
+    return [float(first), *levels[1:-1].tolist(), float(last)]
 
 
 class SparsifyingSchedule(Action):
@@ -84,7 +88,7 @@ class SparsifyingSchedule(Action):
         """Steps of all levels together."""
         return self.first + self.later * (len(self.levels) - 1)
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> Self:
+    def attach(self, optimizer: torch.optim.Optimizer) -> "SparsifyingSchedule":
         """Act after every step of the optimizer; ValueError if the `ProximalGates` would then act too late."""
         if not self.proximal.attached:
             raise ValueError("proximal: got one that is not attached, wanted it attached first")

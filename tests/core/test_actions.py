@@ -87,7 +87,7 @@ def test_a_step_that_raises_or_is_skipped_is_followed_by_nothing():
         assert len(recorder.rates) == (not bad)
 
 
-def test_what_is_no_optimizer_is_named():
+def test_what_is_no_optimizer_is_named(no_shape_checks):
     schedule = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(linear().parameters(), lr=1.0), 1)
     for wrong in (None, linear(), schedule):
         with pytest.raises(TypeError, match=f"optimizer: got {type(wrong).__name__}, wanted a torch.optim.Optimizer"):

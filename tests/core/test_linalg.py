@@ -117,7 +117,7 @@ def test_power_basis_sharpens_with_iterations_and_with_a_good_start():
 
 @pytest.mark.parametrize("basis", [svd_basis, gram_basis, power_basis, subspace_basis])
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9), (6, 6)])
-def test_a_basis_is_turned_along_the_last_one(basis, shape):
+def test_a_basis_is_turned_along_the_last_one(basis, shape, no_shape_checks):
     """Signs follow `start` column by column, whatever the rule says; the space does not depend on them."""
     W = decaying(*shape)
     options = {"generator": torch.Generator().manual_seed(0)} if basis is power_basis else {}
@@ -214,7 +214,7 @@ def test_bad_input_raises(function, case):
         function(W, rank)
 
 
-def test_bad_options_raise():
+def test_bad_options_raise(no_shape_checks):
     with pytest.raises(ValueError, match="iterations: got -1"):
         power_basis(torch.ones(2, 2), 1, iterations=-1)
     for S in ([0.0, 0.0], [1.0, torch.nan]):

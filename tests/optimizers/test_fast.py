@@ -88,6 +88,32 @@ def test_adam_in_one_pass_adds_the_directions(step):
         torch.testing.assert_close(v, v2, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("rank", [2, None])
+@pytest.mark.parametrize("which", ["weight", "gradient", "both"])
+def test_transposed_memory_takes_the_steps_of_contiguous_memory(which, rank):
+    """One pass over the memory would pair numbers of different places."""
+
+    def run(turned):
+        W = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        p = nn.Parameter(W.T.contiguous().T if turned and which != "gradient" else W)
+        optimizer = GaLoreAdamW([p], rank=rank, lr=0.1, weight_decay=0.3, gap=2)
+        for t in range(3):
+            G = torch.randn(6, 4, generator=torch.Generator().manual_seed(9 + t), dtype=torch.float64)
+            p.grad = G.T.contiguous().T if turned and which != "weight" else G
+            optimizer.step()
+        return p.detach()
+
+    torch.testing.assert_close(run(True), run(False), rtol=0, atol=1e-12)
+
+
+def test_plain_steps_take_one_pass_and_make_no_direction(monkeypatch):
+    ps = [nn.Parameter(W) for W in draw()]
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    monkeypatch.setattr(fast, "fused_directions", lambda *arguments: pytest.fail("made directions"))
+    GaLoreAdamW(ps).step()
+
+
 def test_on_a_cpu_the_kernels_take_nothing():
     ps = [nn.Parameter(W) for W in draw()]
     assert fast.kernel_steps(ps, [{} for _ in ps], [{} for _ in ps], {}, -0.1, 1.0) == [0, 1, 2, 3, 4]

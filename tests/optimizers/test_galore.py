@@ -579,7 +579,7 @@ def test_fourteen_steps_equal_galore_torch(side, proj_type, weight_decay):
         ({"betas": 0.9}, "betas: got 0.9"),
     ],
 )
-def test_adams_options_are_checked_in_every_group(options, message):
+def test_adams_options_are_checked_in_every_group(options, message, no_shape_checks):
     with pytest.raises(ValueError, match=message):
         GaLoreAdamW([nn.Parameter(torch.ones(3, 2))], **options)
     with pytest.raises(ValueError, match=message):
@@ -598,7 +598,7 @@ def test_a_saved_run_resumes_to_the_bit(cls, dtype):
     assert_resumes(build, lambda W, t: randoms(*W.shape, seed=t).to(dtype))
 
 
-def test_a_basis_that_is_no_function_is_refused_at_once():
+def test_a_basis_that_is_no_function_is_refused_at_once(no_shape_checks):
     with pytest.raises(TypeError, match="basis: got 'svd', wanted a function"):
         GaLoreAdamW([nn.Parameter(torch.ones(3, 2))], rank=1, basis="svd")
 

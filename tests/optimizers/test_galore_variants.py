@@ -358,7 +358,7 @@ def test_at_most_one_gradient_is_alive():
 
 
 @pytest.mark.parametrize("other", [torch.optim.Adam, torch.optim.SGD])
-def test_another_optimizer_is_refused_at_once(other):
+def test_another_optimizer_is_refused_at_once(other, no_shape_checks):
     with pytest.raises(TypeError, match=f"optimizer: got {other.__name__}, wanted a GaLore optimizer"):
         per_layer_updates(other(nn.Linear(2, 2).parameters()))
 
