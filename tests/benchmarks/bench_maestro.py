@@ -26,7 +26,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_ref.compression import (
-    JointRankSampler,
     MaestroLinear,
     RankSampler,
     RankShrinker,
@@ -48,7 +47,6 @@ METHODS: dict[str, tuple[Any, bool]] = {
     "lasso": (None, True),
     "ordered": (RankSampler, False),
     "ordered + lasso": (RankSampler, True),
-    "jointly ordered + lasso": (JointRankSampler, True),
 }
 #: part -> what differs between the two beds
 BEDS: dict[str, dict[str, Any]] = {
@@ -56,17 +54,17 @@ BEDS: dict[str, dict[str, Any]] = {
         "shares": (0.08, 0.12, 0.2, 0.3),
         "rates": {"dense": (0.1, 0.2, 0.3, 0.5, 0.8), "factors": (0.025, 0.05, 0.1, 0.2, 0.3)},
         "other rates": (0.05, 0.1, 0.2, 0.3, 0.5),
-        "strengths": (1e-3, 3e-3, 6e-3, 1.2e-2),
+        "strengths": (5e-4, 1e-3, 3e-3, 6e-3),
         "steps": 300,
         "batch": 100,
         "shrinker": {"threshold": 1e-2, "every": 10},
-        "seeds": range(10),
+        "seeds": range(5),
     },
     "nested": {
         "shares": (0.05, 0.08, 0.12, 0.2, 0.3, 0.5),
         "rates": {"dense": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)},
         "other rates": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
-        "strengths": (1e-4, 5e-4, 2e-3),
+        "strengths": (1e-4, 5e-4),
         "steps": 800,
         "batch": 125,
         "shrinker": {"threshold": 1e-3, "every": 32},
@@ -228,8 +226,6 @@ def arms(part: str) -> dict[str, tuple[str, float]]:
     """Arm -> (method, strength of the lasso)."""
     found = {}
     for method, (_, lasso) in METHODS.items():
-        if part == "digits" and method.startswith("jointly"):
-            continue
         for strength in BEDS[part]["strengths"] if lasso else (0.0,):
             found[f"{method}, λ = {strength:g}" if lasso else method] = (method, strength)
     return found
