@@ -16,9 +16,9 @@ Letters: W (m, n), A (r, n), B (m, r), r = min(m, n); "b:" means components b to
 matrix (m, C·k·k). Equations carry no numbers here: they follow the official code, in the letters of this book.
 
 Deviations. Ranks are integers; the official code passes b/r and takes ⌈r·(b/r)⌉, which rounding can raise by one.
-The penalty sees the kept components only, and what was dropped cannot come back; there, all stored rows are penalised,
-and a mask may grow. A layer keeps at least one component. Roots carry +1e-12, since the gradient of √0 is not a number.
-Left out: the distillation pass (off in the official scripts) and plain, not hierarchical norms.
+What was dropped cannot come back; there, a mask may grow again. Dropped rows stay in the penalty, as there. A layer
+keeps at least one component. Roots carry +1e-12, since the gradient of √0 is not a number. Left out: the distillation
+pass (off in the official scripts) and plain, not hierarchical norms.
 
 Cost per layer: r(m+n) trained numbers, at full rank up to twice the mn of the dense layer; cut at b, b(m+n) numbers
 and 2b(m+n) FLOPs a token or place. `deployed` builds the small layers, or the dense one where b(m+n) > mn. Convolutions
@@ -240,7 +240,7 @@ PAPER = PaperInfo(
     equations={"cut at b": "prefix_product", "start": "nested_optimum", "R": "group_lasso", "I_b": "importance"},
     deviations=(
         "ranks are passed as integers, not as shares",
-        "the penalty sees kept components only, and each layer keeps at least one",
+        "what was dropped cannot come back, and each layer keeps at least one component",
     ),
     aliases=("ordered dropout", "low-rank ordered decomposition", "LoD", "progressive shrinking", "nested networks"),
     status="draft",
