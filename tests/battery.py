@@ -1,9 +1,11 @@
 """The cases of the battery, and what they are run on: every adapter and optimizer that a paper's card names.
 
-A new paper adds its parameter count to `COUNTS`, nothing else. `test_battery.py` holds the tests.
+A new paper adds the parameter count of its adapter to `COUNTS`, or its layer to `WEIGHT_LAYERS`, nothing else.
+`test_battery.py` holds the tests.
 """
 
 import io
+from functools import partial
 
 import torch
 from hypothesis import strategies as st
@@ -11,8 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank_ref.adapters import DoRALinear, PiSSALinear
+from lowrank_ref.compression import MaestroLinear
 from lowrank_ref.core.layers import replace_linears
 from lowrank_ref.core.registry import papers
+from lowrank_ref.lowbit import BitLinear, HGFLinear
+from lowrank_ref.lowbit.ternary import PackedLinear
+from lowrank_ref.pretraining import SLTrainLinear
 
 #: The base layer of all cases: m outputs, n inputs.
 M, N = 10, 12
@@ -34,6 +40,14 @@ COUNTS = {
 STARTS_ELSEWHERE: dict[str, str] = {}
 #: Adapters without randomness: the generator changes nothing.
 NOT_RANDOM = {"PiSSALinear"}
+#: Name -> layer(base, generator=...) of those that are the weight themselves.
+WEIGHT_LAYERS = {
+    "SLTrainLinear": partial(SLTrainLinear.from_linear, rank=4, density=0.2),
+    "MaestroLinear": lambda base, generator=None: MaestroLinear.from_linear(base),
+    "BitLinear": lambda base, generator=None: BitLinear(base),
+    "HGFLinear": partial(HGFLinear, rank=3),
+    "PackedLinear": lambda base, generator=None: PackedLinear(BitLinear(base)),
+}
 #: Name -> optimizer(parameter groups).
 OPTIMIZERS = {name: make for info in papers().values() for name, make in info.optimizers.items()}
 
@@ -110,22 +124,25 @@ def train(model, optimizer, steps, rows=slice(None), dtype=None):
         optimizer.step()
 
 
-def subject(name):
+def subject(name, seed=0):
     """Model and optimizer of one distributed case: an adapter with Adam, or a network with the named optimizer."""
     if name in LAYERS:
-        model = replace_linears(nn.Sequential(linear()), "0", lambda base: adapter(name, base=base))
+        model = replace_linears(nn.Sequential(linear()), "0", lambda base: adapter(name, base=base, seed=seed))
         return model, torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
     model = network()
     return model, optimizer(name, model)
 
 
 def distributed(rank, world, folder):
-    """One process of a DDP run over all cases: its share of the rows of each batch. Rank 0 saves what came out."""
+    """One process of a DDP run over all cases: its share of the rows of each batch. Rank 0 saves what came out.
+
+    Every process draws from another seed: all go on from what the first one drew.
+    """
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     results = {}
     for name in (*LAYERS, *OPTIMIZERS):
-        model, steps = subject(name)
+        model, steps = subject(name, seed=rank)
         train(nn.parallel.DistributedDataParallel(model), steps, range(3), rows=slice(rank, None, world))
         results[name] = model.state_dict()
     if rank == 0:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lowrank_ref.adapters.lora import LoRALinear, delta_weight, lora_update
 from lowrank_ref.core.layers import AdaptedLinear, weight_of
 from lowrank_ref.core.linalg import svd
-from lowrank_ref.core.products import dora_linear, is_plain, row_norms
+from lowrank_ref.core.products import dora_linear, row_norms
 
 
 def dora_weight(
@@ -84,7 +84,7 @@ class DoRALinear(LoRALinear):
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return base(x) + x ΔWᵀ, shape (..., m): by `dora_linear` where base and update read the same x."""
-        if (self.training and self.dropout.p) or not is_plain(self.base, x):
+        if not self.as_one(x):
             return AdaptedLinear.forward(self, x)
         bias = cast(Any, self.base.bias)
         return dora_linear(x, weight_of(self.base), bias, self.A, self.B, self.magnitude, self.scale)

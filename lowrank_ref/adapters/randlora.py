@@ -41,7 +41,7 @@ from torch.nn import functional as F
 from lowrank_ref.adapters.randlora_bases import RandomBases, checked, mixed_rows, seed_of, shared_bases, stacked, writes
 from lowrank_ref.core.checks import check_number, check_rank
 from lowrank_ref.core.layers import AdaptedLinear, weight_of
-from lowrank_ref.core.products import computing_dtype, is_plain, randlora_linear, through_delta
+from lowrank_ref.core.products import computing_dtype, randlora_linear, through_delta
 from lowrank_ref.core.registry import PaperInfo
 
 
@@ -191,7 +191,7 @@ class RandLoRALinear(AdaptedLinear):
         """Return base(x) + x ΔWᵀ, shape (..., m): through ΔW (`randlora_linear`) if fused or where FLOPs are fewer."""
         blocks, D, d = self._size()
         pays = self.fused or through_delta(x.shape[:-1].numel(), D, d, blocks * self.rank)
-        if not pays or not is_plain(self.base, x) or (self.training and self.dropout.p):
+        if not (pays and self.as_one(x)):
             return super().forward(x)
         self._follow()
         A, B = self.bases.slices(blocks, D, d, computing_dtype(x))

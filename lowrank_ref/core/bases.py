@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowrank_ref.core.products import is_plain
 from lowrank_ref.core.weights import current, has_own_forward, is_conv1d, updated, weight_of, with_weight
 
 
@@ -42,6 +43,7 @@ class Adapter(nn.Module, metaclass=_FreezesLast):
     adapter_names: tuple[str, ...] = ()
     starts_from_weight = False
     taken = "adapted already"
+    _start: tuple[list[tuple[int, int]], Tensor] | None = None
 
     def __init__(self, base: nn.Module) -> None:
         if isinstance(base, Adapter):
@@ -66,6 +68,7 @@ class Adapter(nn.Module, metaclass=_FreezesLast):
     @property
     def weight(self) -> Float[Tensor, "..."]:
         """W + ΔW in the base's dtype and layout, with its gradient, for models that multiply with it themselves."""
+        self.check_start()
         W, delta = current(self.base), self.delta_weight()
         return (W + (delta.T if is_conv1d(self.base) else delta)).to(W.dtype)
 
@@ -86,6 +89,7 @@ class Adapter(nn.Module, metaclass=_FreezesLast):
 
         float16 is too narrow for what lies between two factors, also under autocast: there the update has float32.
         """
+        self.check_start()
         kind = x.device.type
         own = next(iter(self.adapter_parameters().values())).dtype
         x = x.to(own) if x.is_floating_point() and not torch.is_autocast_enabled(kind) else x
@@ -104,31 +108,31 @@ class Adapter(nn.Module, metaclass=_FreezesLast):
             ValueError: ΔW holds NaN or infinity, or the sum is too large for the base's dtype.
         """
         self.check_start()
-        with torch.no_grad():
-            W, delta = current(self.base), self.delta_weight()
+        W = current(self.base)
+        with torch.no_grad(), torch.autocast(W.device.type, enabled=False):
+            delta = self.delta_weight()
             W = W.T if is_conv1d(self.base) else W
             return with_weight(self.base, updated(W, delta))
 
     def remember_start(self) -> None:
-        """Note what the base's weight was, and let the first forward check that it still is."""
+        """Note what the base's weight is, for the first forward to check that it still is."""
         self._start = self._own(), self._sample()
-        self.register_forward_pre_hook(_check_start)
 
     def check_start(self) -> None:
         """Require that the base's weight is what this layer started from, unless its own numbers were written as well.
 
+        Done once; the compiler sees nothing of it.
+
         Raises:
             ValueError: a base that was loaded after the surgery.
         """
-        own, before = getattr(self, "_start", None) or (None, None)
-        self._start = None
-        for key in [key for key, hook in self._forward_pre_hooks.items() if hook is _check_start]:
-            del self._forward_pre_hooks[key]
-        if own != self._own() or before is None:
+        if self._start is None or torch.compiler.is_compiling():
             return
-        if not torch.allclose(before, self._sample(), rtol=0.02, atol=float(before.abs().max()) / 500):
+        own, before = self._start
+        if own == self._own() and not torch.allclose(before, self._sample(), 0.02, float(before.abs().max()) / 500):
             got = f"another weight than the one from which {type(self).__name__} starts"
             raise ValueError(f"base.weight: got {got}, wanted that one; load the base first, then adapt it")
+        self._start = None
 
     def _own(self) -> list[tuple[int, int]]:
         """Return which tensors the trained parameters are, and how often each was written."""
@@ -150,13 +154,6 @@ class Adapter(nn.Module, metaclass=_FreezesLast):
             for child in self.children():
                 child._apply(fn)
         return super()._apply(gentle, recurse=False)
-
-
-@no_type_check
-def _check_start(layer: Adapter, inputs: Any) -> None:
-    """Run `check_start` before the first forward, once. The compiler sees nothing of it."""
-    if not torch.compiler.is_compiling():
-        layer.check_start()
 
 
 class AdaptedLinear(Adapter):
@@ -189,6 +186,11 @@ class AdaptedLinear(Adapter):
         if not isinstance(y, Tensor) or y.shape != (1, self.out_features):
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise TypeError(f"base: got {type(base).__name__}, which returns {got}, wanted {wanted}")
+
+    def as_one(self, x: Tensor) -> bool:
+        """Tell whether base and update may be computed as one product: both read this x, and the base is plain."""
+        self.check_start()
+        return (self.is_product or not self.training) and is_plain(self.base, x)
 
     def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return x ΔWᵀ."""

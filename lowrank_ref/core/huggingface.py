@@ -40,8 +40,8 @@ def follow_ties(model: nn.Module) -> None:
     """Bring the lists of tied weights up to date after surgery: follow names that moved, drop ties that came loose.
 
     A file keeps one tensor of each tie, and loading fills in the others. So where the tie with the first holder came
-    loose, what remains tied to another one gets memory of its own. If a model has lost all its ties, which were those
-    of one output layer, the config says so for readers that look at it only.
+    loose, what is tied to another one still gets memory of its own. If all ties were those of one output layer, they
+    go together, and the config says so for readers that look at nothing else.
     """
     for module in model.modules():
         ties = vars(module).get("all_tied_weights_keys")
@@ -50,19 +50,19 @@ def follow_ties(model: nn.Module) -> None:
         now = dict(module.named_parameters(remove_duplicate=False))
         names = {_place(target, now): _place(source, now) for target, source in ties.items()}
         left = {target: source for target, source in names.items() if now.get(target) is now.get(source)}
-        module.all_tied_weights_keys = module._tied_weights_keys = left
-        if len(left) == len(ties):
-            continue
-        held = {id(now.get(source)) for source in left.values()}
+        config: Any = getattr(module, "config", None)
+        if len(left) < len(ties) and len({target.rpartition(".")[0] for target in ties}) == 1:
+            left = {}
+            if getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False
+        module.all_tied_weights_keys = module._tied_weights_keys = left  # type: ignore[assignment]
+        held = {id(now.get(source)) for source in names.values()}
         for target in sorted(names.keys() & now.keys() - left.keys()):
             parent, _, leaf = target.rpartition(".")
             old = now[target]
             if id(old) in held:
                 setattr(module.get_submodule(parent), leaf, nn.Parameter(old.detach().clone(), old.requires_grad))
             held.add(id(old))
-        config: Any = getattr(module, "config", None)
-        if not left and len({target.rpartition(".")[0] for target in ties}) == 1 and config is not None:
-            config.tie_word_embeddings = False
 
 
 def _place(name: str, now: dict[str, nn.Parameter]) -> str:
