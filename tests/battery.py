@@ -1,6 +1,7 @@
 """The cases of the battery, and what they are run on: every adapter and optimizer that a paper's card names.
 
-A new paper adds its parameter count to `COUNTS`, and what acts in its training to `ACTIONS`, nothing else.
+A new paper adds the parameter count of its adapter to `COUNTS`, or its layer to `WEIGHT_LAYERS`, and what acts in its training to
+`ACTIONS`, nothing else.
 `test_battery.py` holds the tests.
 """
 
@@ -17,11 +18,13 @@ from torch.nn import functional as F
 
 import lowrank_ref
 from lowrank_ref.adapters import DoRALinear, PiSSALinear
-from lowrank_ref.compression import JointRankSampler, RankSampler, RankShrinker, decompose
+from lowrank_ref.compression import JointRankSampler, MaestroLinear, RankSampler, RankShrinker, decompose
 from lowrank_ref.core.actions import Action
 from lowrank_ref.core.layers import replace_linears
 from lowrank_ref.core.registry import papers
-from lowrank_ref.lowbit import GateSchedule, HGFLinear
+from lowrank_ref.lowbit import BitLinear, GateSchedule, HGFLinear
+from lowrank_ref.lowbit.ternary import PackedLinear
+from lowrank_ref.pretraining import SLTrainLinear
 from lowrank_ref.ranks import ProximalGates, SoRALinear, SparsifyingSchedule, gate_groups
 from lowrank_ref.robustness import GradientProjection
 
@@ -45,6 +48,14 @@ COUNTS = {
 STARTS_ELSEWHERE: dict[str, str] = {}
 #: Adapters without randomness: the generator changes nothing.
 NOT_RANDOM = {"PiSSALinear"}
+#: Name -> layer(base, generator=...) of those that are the weight themselves.
+WEIGHT_LAYERS = {
+    "SLTrainLinear": partial(SLTrainLinear.from_linear, rank=4, density=0.2),
+    "MaestroLinear": lambda base, generator=None: MaestroLinear.from_linear(base),
+    "BitLinear": lambda base, generator=None: BitLinear(base),
+    "HGFLinear": partial(HGFLinear, rank=3),
+    "PackedLinear": lambda base, generator=None: PackedLinear(BitLinear(base)),
+}
 #: Name -> optimizer(parameter groups).
 OPTIMIZERS = {name: make for info in papers().values() for name, make in info.optimizers.items()}
 
@@ -177,22 +188,25 @@ def train(model, optimizer, steps, rows=slice(None), dtype=None):
         optimizer.step()
 
 
-def subject(name):
+def subject(name, seed=0):
     """Model and optimizer of one distributed case: an adapter with Adam, or a network with the named optimizer."""
     if name in LAYERS:
-        model = replace_linears(nn.Sequential(linear()), "0", lambda base: adapter(name, base=base))
+        model = replace_linears(nn.Sequential(linear()), "0", lambda base: adapter(name, base=base, seed=seed))
         return model, torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
     model = network()
     return model, optimizer(name, model)
 
 
 def distributed(rank, world, folder):
-    """One process of a DDP run over all cases: its share of the rows of each batch. Rank 0 saves what came out."""
+    """One process of a DDP run over all cases: its share of the rows of each batch. Rank 0 saves what came out.
+
+    Every process draws from another seed: all go on from what the first one drew.
+    """
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     results = {}
     for name in (*LAYERS, *OPTIMIZERS):
-        model, steps = subject(name)
+        model, steps = subject(name, seed=rank)
         train(nn.parallel.DistributedDataParallel(model), steps, range(3), rows=slice(rank, None, world))
         results[name] = model.state_dict()
     if rank == 0:

@@ -254,6 +254,12 @@ def test_bad_bases_raise(name):
             make(base)
 
 
+@each_layer
+def test_exports_with_trained_parameters(name, no_shape_checks):
+    layer, x = adapter(name), batch(0)
+    assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
 # Optimizers.
 
 

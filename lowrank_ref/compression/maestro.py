@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_ref.core.checks import check_finite, check_matrix, check_number, check_rank
-from lowrank_ref.core.layers import weight_of
+from lowrank_ref.core.layers import WeightLayer, is_conv1d, linear_like, weight_of
 from lowrank_ref.core.linalg import svd
 from lowrank_ref.core.registry import PaperInfo
 
@@ -142,7 +142,7 @@ def filled(layer: Model, weight: Tensor, bias: Tensor | None) -> Model:
     return layer
 
 
-class MaestroLinear(nn.Module):
+class MaestroLinear(WeightLayer):
     """A linear layer as the product of two trained factors, of which the first `width` components act.
 
     Args:
@@ -156,6 +156,8 @@ class MaestroLinear(nn.Module):
         TypeError, ValueError: factors that are no floating-point matrices, or do not fit together.
     """
 
+    is_product, weight = True, property(lambda self: self.dense_weight(self.width))
+
     def __init__(
         self, A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], bias: Float[Tensor, " m"] | None = None
     ) -> None:
@@ -166,14 +168,16 @@ class MaestroLinear(nn.Module):
             raise ValueError(f"B: got {B.shape[1]} columns, wanted {A.shape[0]}, one for each row of A")
         self.A, self.B = (nn.Parameter(M.detach().clone(memory_format=torch.contiguous_format)) for M in (A, B))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        self.rank, self.cut = A.shape[0], cast(int | None, None)
+        self.rank, self.cut, self.kind = A.shape[0], cast(int | None, None), cast(type[nn.Module], nn.Linear)
 
     @classmethod
     def from_linear(cls, base: nn.Module) -> "MaestroLinear":
         """Split the weight of `nn.Linear` or GPT-2's `Conv1D` by its SVD; the function stays the same."""
         W = weight_of(base).detach()
         A, B = nested_optimum(W)
-        return cls(A.to(W.dtype), B.to(W.dtype), cast(Tensor | None, base.bias)).train(base.training)
+        layer = cls(A.to(W.dtype), B.to(W.dtype), cast(Tensor | None, base.bias)).train(base.training)
+        layer.kind = type(base) if is_conv1d(base) else nn.Linear
+        return layer
 
     @property
     def width(self) -> int:
@@ -184,9 +188,9 @@ class MaestroLinear(nn.Module):
         """Return the factors of the kept components, A[:rank] and B[:, :rank]."""
         return self.A[: self.rank], self.B[:, : self.rank]
 
-    def dense_weight(self) -> Float[Tensor, "..."]:
-        """Return the weight that the kept components multiply to, in the shape of the layer that was replaced."""
-        return prefix_product(self.A, self.B, self.rank)
+    def dense_weight(self, width: int | None = None) -> Float[Tensor, "..."]:
+        """Return what the first `width` components multiply to, or all kept ones, in the shape of the old layer."""
+        return prefix_product(self.A, self.B, self.rank if width is None else width)
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return B[:, :b](A[:b]x) + bias with b = `width`."""
@@ -203,12 +207,12 @@ class MaestroLinear(nn.Module):
         return nn.Sequential(*thin).train(self.training)
 
     def first(self, W: Tensor, bias: Tensor | None) -> nn.Module:
-        """Return an ordinary layer with this weight that reads what this layer reads."""
-        return filled(nn.Linear(W.shape[1], W.shape[0], bias=bias is not None, device="meta"), W, bias)
+        """Return an ordinary layer with this weight, of the class that was replaced, that reads what this one reads."""
+        return linear_like(self.kind if bias is not None else nn.Linear, W, bias)  # a Conv1D has a bias always
 
     def second(self, W: Tensor, bias: Tensor | None) -> nn.Module:
         """Return an ordinary layer with this weight that mixes components into outputs."""
-        return filled(nn.Linear(W.shape[1], W.shape[0], bias=bias is not None, device="meta"), W, bias)
+        return linear_like(nn.Linear, W, bias)
 
     def get_extra_state(self) -> Tensor:
         """Let the state dict carry the rank."""

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_ref.compression.maestro import MaestroLinear, filled, group_lasso, nested_optimum, prefix_product
+from lowrank_ref.compression.maestro import MaestroLinear, filled, group_lasso, nested_optimum
 from lowrank_ref.core.checks import check_floating
 from lowrank_ref.core.layers import is_linear, put_in_place, replace_modules
 
@@ -51,9 +51,9 @@ class MaestroConv2d(MaestroLinear):
         A, B = A.to(base.weight.dtype), B.to(base.weight.dtype)
         return cls(A, B, base.bias, like=base).train(base.training)
 
-    def dense_weight(self) -> Float[Tensor, "m C k1 k2"]:
-        """Return the filters that the kept components multiply to."""
-        return prefix_product(self.A, self.B, self.rank).unflatten(1, self.filter)
+    def dense_weight(self, width: int | None = None) -> Float[Tensor, "m C k1 k2"]:
+        """Return the filters that the first `width` components multiply to, or all kept ones."""
+        return super().dense_weight(width).unflatten(1, self.filter)
 
     def forward(self, x: Float[Tensor, "*batch C H W"]) -> Float[Tensor, "*batch m H2 W2"]:
         """Return the mix of the first b filters, with b = `width`."""

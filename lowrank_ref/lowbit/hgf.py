@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from lowrank_ref.core.actions import Action
 from lowrank_ref.core.checks import check_integer, check_number, check_rank
-from lowrank_ref.core.layers import weight_of
+from lowrank_ref.core.layers import WeightLayer, weight_of
 from lowrank_ref.core.registry import PaperInfo
 from lowrank_ref.lowbit import fast
 from lowrank_ref.lowbit.ternary import BitLinear, PackedLinear, packed_bytes
@@ -101,7 +101,7 @@ def memory_overhead(corrected: Sequence[tuple[int, int]], ternary: Sequence[tupl
     return sum(correction_bytes(m, n, rank) for m, n in corrected) / sum(packed_bytes(m, n) for m, n in ternary)
 
 
-class HGFLinear(nn.Module):
+class HGFLinear(WeightLayer):
     """A ternary layer plus a gated low-rank path: y = x̃ W̃ᵀ + g·B(A x̄), where x̄ is the layer's normalised input.
 
     The gate is g = open·tanh θ + held. The buffers `open` and `held` are set by `GateSchedule`; at first it is open.
@@ -120,6 +120,7 @@ class HGFLinear(nn.Module):
     open: Tensor
     held: Tensor
     ternary: BitLinear | PackedLinear
+    weight = property(lambda self: self.ternary.dense_weight() + self.gate() * (self.B @ self.A))
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from lowrank_ref.core.checks import check_matrix
 from lowrank_ref.core.io import load_tensors, mismatches, refuse
-from lowrank_ref.core.layers import Model, replace_modules, weight_of
+from lowrank_ref.core.layers import Model, WeightLayer, dense, replace_modules, weight_of
 from lowrank_ref.lowbit import fast
 
 EPS = 1e-5
@@ -136,7 +136,7 @@ def packed_matmul(
     return F.linear(x, unpack(packed, x.shape[-1]).to(x.dtype)) * beta.to(x.dtype)
 
 
-class Ternary(nn.Module):
+class Ternary(WeightLayer):
     """What trained and packed layers share: a norm's gain (or no norm), a product with W̃, and a bias (or none)."""
 
     def __init__(self, m: int, n: int, gain: Tensor | None, bias: Tensor | None) -> None:
@@ -205,6 +205,7 @@ class PackedLinear(Ternary):
 
     codes: Tensor
     beta: Tensor
+    rest_trains, weight = False, dense
 
     def __init__(self, layer: BitLinear) -> None:
         W = layer.weight.detach()
