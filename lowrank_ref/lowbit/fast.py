@@ -1,19 +1,23 @@
 """The packed products of `ternary.py` and `hgf.py` on a GPU, by the Triton kernels; one operator for torch.compile.
 
 Each function has the value of a plain definition: `packed_linear` to the bit, `corrected_linear` and `packed_matmul` to
-rounding. For inference: no gradient passes.
+rounding. For inference: no gradient passes. On cards that run no kernel (`kernels.takes_card`) layers compute by the
+definitions.
 """
 
 import torch
 from torch import Tensor
 
-from lowrank_ref.kernels import have_triton
+from lowrank_ref.kernels import runs_on
 
 
 def takes(x: Tensor) -> bool:
-    """Tell whether the kernels take these activations: on a GPU, at most 32 bits, not empty, and no gradient asked."""
+    """Tell whether the kernels take these activations: at most 32 bits, not empty, no gradient asked, on a fit GPU.
+
+    It need not be the current one: a launch goes to where x is. Weights on another device are refused there.
+    """
     ready = x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.numel() > 0
-    return ready and not (x.requires_grad and torch.is_grad_enabled()) and have_triton()
+    return ready and not (x.requires_grad and torch.is_grad_enabled()) and runs_on(x.device)
 
 
 def _corrected(x: Tensor, packed: Tensor, beta: Tensor, B: Tensor, t: Tensor) -> Tensor:
