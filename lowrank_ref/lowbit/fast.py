@@ -24,14 +24,15 @@ def _corrected(x: Tensor, packed: Tensor, beta: Tensor, B: Tensor, t: Tensor) ->
     from lowrank_ref.kernels.ternary import quantise, ternary_matmul
 
     codes, scale, x_sum = quantise(x.reshape(-1, x.shape[-1]))
-    y = ternary_matmul(codes, packed, beta, scale=scale, x_sum=x_sum, B=B, t=t.reshape(len(codes), -1), dtype=x.dtype)
+    factors = {"B": B, "t": t.reshape(len(codes), -1)}
+    y = ternary_matmul(codes, packed, beta.float(), scale=scale, x_sum=x_sum, **factors, dtype=x.dtype)
     return y.view(*x.shape[:-1], len(packed))
 
 
 def _matmul(x: Tensor, packed: Tensor, beta: Tensor) -> Tensor:
     from lowrank_ref.kernels.ternary import ternary_matmul
 
-    return ternary_matmul(x.reshape(-1, x.shape[-1]), packed, beta).view(*x.shape[:-1], len(packed))
+    return ternary_matmul(x.reshape(-1, x.shape[-1]), packed, beta.float()).view(*x.shape[:-1], len(packed))
 
 
 # torch.compile sees one opaque operator; eager code calls the function itself, which is quicker.

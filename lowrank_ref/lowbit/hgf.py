@@ -37,7 +37,7 @@ from lowrank_ref.core.checks import check_integer, check_number, check_rank
 from lowrank_ref.core.layers import weight_of
 from lowrank_ref.core.registry import PaperInfo
 from lowrank_ref.lowbit import fast
-from lowrank_ref.lowbit.ternary import BitLinear, PackedLinear, packed_bytes
+from lowrank_ref.lowbit.ternary import BitLinear, KeepsWide, PackedLinear, packed_bytes
 
 
 def gated_correction(
@@ -100,7 +100,7 @@ def memory_overhead(corrected: Sequence[tuple[int, int]], ternary: Sequence[tupl
     return sum(correction_bytes(m, n, rank) for m, n in corrected) / sum(packed_bytes(m, n) for m, n in ternary)
 
 
-class HGFLinear(nn.Module):
+class HGFLinear(KeepsWide):
     """A ternary layer plus a gated low-rank path: y = x̃ W̃ᵀ + g·B(A x̄), where x̄ is the layer's normalised input.
 
     The gate is g = open·tanh θ + held. The buffers `open` and `held` are set by `GateSchedule`; at first it is open.
@@ -116,6 +116,7 @@ class HGFLinear(nn.Module):
         TypeError, ValueError: base is no finite floating-point linear layer; rank or gate out of range.
     """
 
+    wide = ("theta", "open", "held")
     open: Tensor
     held: Tensor
     ternary: BitLinear | PackedLinear
