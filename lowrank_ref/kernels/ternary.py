@@ -187,19 +187,25 @@ def _prefill(
 
 @triton.jit
 def _quantise(x, codes, scale, x_sum, n, stride_x, eps, BLOCK: tl.constexpr):
-    """One block a token: s = 127/max abs x, round(s·x) to even, and the sum of the codes."""
+    """One block a token: s = 127/max abs x, round(s·x) to even, and the sum of the codes.
+
+    The maximum is that of the bits of abs x, whole numbers in the order of the values, with infinity and NaN at the top:
+    both make s, and with it all results of the token, NaN, as in the definition.
+    """
     token = tl.program_id(0)
     k = tl.arange(0, BLOCK)
     row = x + token.to(tl.int64) * stride_x
-    peak = tl.zeros([BLOCK], dtype=tl.float32)
+    peak = tl.zeros([BLOCK], dtype=tl.int32)
     for start in range(0, n, BLOCK):
-        peak = tl.maximum(peak, tl.abs(tl.load(row + start + k, mask=start + k < n, other=0.0).to(tl.float32)))
-    s = 127.0 * tl.div_rn(1.0, tl.maximum(tl.max(peak, axis=0), eps))  # how PyTorch divides a number by a tensor
+        v = tl.load(row + start + k, mask=start + k < n, other=0.0).to(tl.float32)
+        peak = tl.maximum(peak, v.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    top = tl.max(peak, axis=0).to(tl.float32, bitcast=True)
+    s = 127.0 * tl.div_rn(1.0, tl.maximum(top, eps)) + (top - top)  # how PyTorch divides a number by a tensor
     total = tl.zeros([BLOCK], dtype=tl.int32)
     for start in range(0, n, BLOCK):
         v = tl.load(row + start + k, mask=start + k < n, other=0.0).to(tl.float32) * s
         q = (v + 12582912.0) - 12582912.0  # 1.5·2²³: the sum has no bits left for a fraction, and rounds half to even
-        q = tl.minimum(tl.maximum(q, -128.0), 127.0).to(tl.int32)
+        q = tl.minimum(tl.maximum(tl.where(q == q, q, 0.0), -128.0), 127.0).to(tl.int32)
         tl.store(codes + token.to(tl.int64) * n + start + k, q.to(tl.int8), mask=start + k < n)
         total += q
     tl.store(scale + token, s)

@@ -20,9 +20,9 @@ layout that the GPU kernel in `kernels/ternary.py` wants. Beside the bytes stand
 
 Deviations. Both products multiply whole numbers and scale afterwards; their sums stay below 2²⁴, so float32 holds them
 exactly and packed inference gives the same bits as training. Under bfloat16 autocast the whole numbers are still
-exact, only the sum is rounded; with float16 it can overflow. β and s are float32 or wider always, also after casts of
-the model such as `.to(bfloat16)`. The official GPU code has another layout, made for its thread order; transformers packs
-along the rows and may store 1/β (`bitnet.py` converts). On a GPU the product of `PackedLinear` is the kernel's
+exact, only the sum is rounded; with float16 it can overflow. β and s are float32 or wider always, also after a cast
+such as `model.to(torch.bfloat16)`. The official GPU code has another layout, made for its thread order; transformers
+packs along the rows and may store 1/β (`bitnet.py` converts). On a GPU the product of `PackedLinear` is the kernel's
 (`fast.py`), with the same bits.
 
 β counts as a constant in the gradient. Were it the function of W that the first row makes it, W would get the gradient
@@ -156,7 +156,7 @@ def packed_matmul(
 
 
 class KeepsWide(nn.Module):
-    """Leaves the single numbers named in `wide` in float32 where a cast such as `.to(bfloat16)` would make them narrower.
+    """Leaves the single numbers named in `wide` in float32 where a cast such as `.half()` would make them narrower.
 
     A layer has one to three of them, and each scales a whole term of its output.
     """
