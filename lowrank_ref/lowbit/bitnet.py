@@ -53,8 +53,9 @@ def from_bitnet(layer: nn.Module) -> nn.Module:
     elif theirs.online_quant:
         packed = PackedLinear(BitLinear(_linear(theirs.weight, theirs.bias), sub_norm=False))
     else:
-        beta = theirs.weight_scale.float()
-        packed = _packed(theirs.weight, beta, None if theirs.bias is None else theirs.bias * beta.to(theirs.bias.dtype))
+        packed = _packed(theirs.weight, theirs.weight_scale.float(), theirs.bias)
+        if packed.bias is not None:
+            packed.bias.data.mul_(packed.beta)
     packed.train(layer.training)
     return packed if theirs.rms_norm is None else nn.Sequential(theirs.rms_norm, packed)
 
