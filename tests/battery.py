@@ -1,8 +1,7 @@
 """The cases of the battery, and what they are run on: every adapter and optimizer that a paper's card names.
 
-A new paper adds the parameter count of its adapter to `COUNTS`, or its layer to `WEIGHT_LAYERS`, and what acts in its training to
-`ACTIONS`, nothing else.
-`test_battery.py` holds the tests.
+A new paper adds the parameter count of its adapter to `COUNTS`, or its layer to `WEIGHT_LAYERS`, and what acts in its
+training to `ACTIONS`, nothing else. `test_battery.py` holds the tests.
 """
 
 import copy

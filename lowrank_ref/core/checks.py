@@ -12,10 +12,11 @@ def check_matrix(name: str, value: Tensor) -> None:
     """Require a finite floating-point matrix without empty sides.
 
     Raises:
-        TypeError: not a tensor, or not floating point.
-        ValueError: not 2-D, an empty side, or NaN or infinity inside.
+        TypeError: not a tensor, or not floating point of 16 bits or more.
+        ValueError: not 2-D, an empty side, NaN or infinity inside, or on the meta device.
     """
-    check_floating(name, value)
+    check_wide(name, value)
+    check_loaded(name, value)
     if value.ndim != 2 or 0 in value.shape:
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, wanted a matrix (m, n) with m, n >= 1")
     check_finite(name, value)
@@ -47,6 +48,39 @@ def check_finite(name: str, value: Tensor) -> None:
     bad = int((~finite(value)).sum())
     if bad:
         raise ValueError(f"{name}: got {bad} NaN or infinite entries of {value.numel()}, wanted finite numbers")
+
+
+def check_wide(name: str, value: Tensor) -> None:
+    """Require a floating-point tensor of 16 bits or more; PyTorch only stores float8.
+
+    Raises:
+        TypeError: anything else.
+    """
+    check_floating(name, value)
+    if value.element_size() < 2:
+        raise TypeError(f"{name}: got dtype {value.dtype}, wanted a floating-point dtype of 16 bits or more")
+
+
+def check_loaded(name: str, value: Tensor) -> None:
+    """Require a tensor that holds numbers.
+
+    Raises:
+        ValueError: it is on the meta device.
+    """
+    if value.is_meta:
+        raise ValueError(f"{name}: got a tensor without numbers (meta device), wanted them loaded")
+
+
+def check_activations(x: Tensor, n: int) -> None:
+    """Require floating-point activations (..., n): a layer returns its result in their dtype.
+
+    Raises:
+        TypeError: whole numbers, booleans, complex numbers or float8.
+        ValueError: another width.
+    """
+    check_wide("x", x)
+    if x.shape[-1:] != (n,):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted (..., {n})")
 
 
 def check_rank(rank: int, shape: Sequence[int], name: str = "rank") -> None:
