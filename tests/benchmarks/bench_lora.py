@@ -20,7 +20,7 @@ import hashlib
 import math
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,9 +35,8 @@ from common import (
     milliseconds,
     peak_mib,
     reset_peak,
-    train_step,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_ref.adapters import DoRALinear, LoRALinear
 from lowrank_ref.core.accounting import parameter_report, state_bytes
@@ -193,7 +192,12 @@ def fine_tune(model: GPT, data: Any, groups: list[dict[str, Any]], *, lr: float,
     for i in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["ratio"] * min((i + 1) / warmup, (steps - i) / (steps - warmup))
-        train_step(model, optimizer, data(i), device)
+        x, y = (t.to(device) for t in data(i))
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+            model.loss(x, y).backward()
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
     return model
 
 
@@ -302,17 +306,33 @@ def domain_shift(
         return {**numbers, **found}
 
     for name, plan in arms.items():
+        tuned(pilot, runs, name, plan.start, partial(measure, plan))
 
-        def at(lr: float, name: str = name, plan: Plan = plan) -> float:
-            key = {"method": name, "lr": float(f"{lr:.3g}"), "seed": PILOT_SEED}
-            row = pilot.row(key, partial(measure, plan, key["lr"], PILOT_SEED))
-            return row.get("valid", math.inf)
 
-        best = walk(at, plan.start)
-        for seed in SEEDS:
-            for factor in (1.0, 0.5, 2.0):
-                lr = float(f"{best * factor:.3g}")
-                runs.row({"method": name, "lr": lr, "seed": seed}, partial(measure, plan, lr, seed))
+def tuned(
+    pilot: Runs,
+    runs: Runs,
+    name: str,
+    start: float,
+    measure: Callable[[float, int], dict[str, Any]],
+    *,
+    seeds: Sequence[int] = SEEDS,
+    factors: Sequence[float] = (1.0, 0.5, 2.0),
+) -> float:
+    """Let an arm's pilot find its rate, then run the arm at `factors` of it with every seed; return that rate.
+
+    `measure(lr, seed)` returns numbers, "valid" among them, the less the better; a diverged run has none.
+    """
+
+    def once(part: Runs, lr: float, seed: int) -> float:
+        key = {"method": name, "lr": float(f"{lr:.3g}"), "seed": seed}
+        return part.row(key, lambda: measure(key["lr"], seed)).get("valid", math.inf)
+
+    best = walk(lambda lr: once(pilot, lr, PILOT_SEED), start)
+    for seed in seeds:
+        for factor in factors:
+            once(runs, best * factor, seed)
+    return best
 
 
 def walk(loss: Callable[[float], float], lr: float) -> float:
