@@ -229,12 +229,13 @@ def messages(vocab: int, tiny: bool = False) -> Text:
     return Text(vocab, old_tokens[:cut], old_tokens[cut:], *rest)
 
 
-def windows(tokens: Tensor, batch: int, length: int) -> tuple[Callable[[int], tuple[Tensor, Tensor]], int]:
-    """Cut a text into windows that do not overlap; return batch(i) -> (x, y), and how many batches there are."""
+def windows(tokens: Tensor, batch: int, length: int, most: int) -> tuple[Callable[[int], tuple[Tensor, Tensor]], int]:
+    """Cut a text into windows that do not overlap, keep `most` of them, spread evenly; return batch(i) and a count."""
     rows = (len(tokens) - 1) // length
-    x = tokens[: rows * length].view(rows, length)
-    y = tokens[1 : rows * length + 1].view(rows, length)
-    count = max(1, rows // batch)
+    picked = torch.arange(min(rows, most)) * rows // min(rows, most)
+    x = tokens[: rows * length].view(rows, length)[picked]
+    y = tokens[1 : rows * length + 1].view(rows, length)[picked]
+    count = max(1, len(picked) // batch)
     return (lambda i: (x[i * batch : (i + 1) * batch], y[i * batch : (i + 1) * batch])), count
 
 
@@ -264,15 +265,16 @@ def domain_shift(
     length: int,
     device: str,
     seconds: float,
+    most: int = 1000,
 ) -> None:
-    """Run every arm of a part: first its pilot, then three rates with three seeds."""
+    """Run every arm of a part: first its pilot, then three rates with three seeds. `most` windows judge a model."""
     setting = (
         f"GPT {shape | {'vocab_size': text.vocab}}; pretrained {pre_steps} steps of {4 * batch} x {length} tokens, "
         f"fine-tuned {steps} steps of {batch} x {length}; AdamW, a tenth of warm-up, linear decay"
     )
     pre = token_batches(text.old_train, batch=4 * batch, length=length, seed=0)
     parts = {"valid": text.valid, "new": text.test, "old": text.old_test}
-    judged = {name: windows(tokens, batch, length) for name, tokens in parts.items()}
+    judged = {name: windows(tokens, batch, length, most) for name, tokens in parts.items()}
 
     def make() -> GPT:
         generator = torch.Generator().manual_seed(0)
