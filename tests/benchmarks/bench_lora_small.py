@@ -53,7 +53,7 @@ DIGITS = {
     "head": 0.1,
     "biases": 0.1,
     **{f"LoRA r={r}": 0.03 for r in RANKS},
-    **{f"LoRA, α=16, r={r}": 0.03 for r in RANKS if r != 8},  # r = 8 has s = 2 by both rules
+    **{f"LoRA, α=16 r={r}": 0.03 for r in RANKS if r != 8},  # r = 8 has s = 2 by both rules
     "LoRA+ r=4": 0.006,
     "PiSSA r=4": 0.01,
     "DoRA r=4": 0.03,
