@@ -268,8 +268,8 @@ class Comparison:
         mean, sd = _mean_sd(list(differences))
         low = high = mean
         if sd > 0:
-            test = need("scipy.stats", "scipy").ttest_1samp(differences, 0.0)
-            low, high = map(float, test.confidence_interval(0.95))
+            student = need("scipy.stats", "scipy").t
+            low, high = map(float, student.interval(0.95, len(seeds) - 1, loc=mean, scale=sd / math.sqrt(len(seeds))))
         return Paired(a, b, metric, seeds, differences, mean, low, high)
 
     def facts(self, method: str) -> dict[str, str]:
