@@ -73,6 +73,9 @@ ARMS = {
     "ternary, wider, no norms": ("plain", "wider", "none"),
     "FP, norms before o and down": ("plain", "fp", "out"),
     "FP, norms before the others": ("plain", "fp", "in"),
+    "FP differential, larger start": ("differential", "fp", "none"),
+    "HGF, larger start": ("differential", "corrected", "all"),
+    "HGF, no norms, larger start": ("differential", "corrected", "none"),
     "corrected, faster path": ("plain", "faster", "all"),
     "corrected, no norms, faster path": ("plain", "faster", "none"),
 }
