@@ -9,7 +9,8 @@ two things. "larger start" begins with a larger embedding. "ternary, wider" spen
 hidden units; "faster path" gives the correction four times the learning rate.
 
 short: 400 steps. Each arm tries three rates on seed 0 and then a fourth beside the best, chosen by validation text;
-seeds 1 and 2 run at the best. seeds: the central arms at all their rates with seeds 1 and 2 as well (rows of "short").
+seeds 1 and 2 run at the best. fifth: a fifth rate, by the same rule. seeds: the central arms at all their rates with
+seeds 1 and 2 as well. These are rows of "short".
 long: 2,500 steps, as in the paper, each arm at its rate from "short". gates: other starts and penalties of the gates.
 memory: packs models and counts bytes. small (alone, on the CPU, into book/results/hgf_small.json): the chapter's own
 bed, four rates on seeds 0 and 1, five seeds at the best.
@@ -32,7 +33,6 @@ from lowrank_ref.core.accounting import nbytes, state_bytes
 from lowrank_ref.core.layers import replace_linears
 from lowrank_ref.lab.data import CharTokenizer, english_text, token_batches
 from lowrank_ref.lab.models import GPT
-from lowrank_ref.lab.train import warmup_cosine
 from lowrank_ref.lowbit import (
     BitLinear,
     DifferentialAttention,
@@ -170,8 +170,8 @@ class Size:
 
     def shape(self, vocab_size: int) -> dict[str, int]:
         """Arguments of the model."""
-        names = ("dim", "ffn", "layers", "heads", "length")
-        return {name: getattr(self, name) for name in names} | {"vocab_size": vocab_size}
+        names = ("dim", "ffn", "layers", "heads")
+        return {name: getattr(self, name) for name in names} | {"vocab_size": vocab_size, "length": self.length}
 
 
 SCALE = Size(512, 1368, 8, 8, length=256, batch=32, rank=16, count=16)
@@ -202,8 +202,8 @@ class Bed:
         """Say what is the same in all rows."""
         precision = "bf16 autocast, float32 latent weights" if self.device == "cuda" else "float32"
         return (
-            f"GPT {self.shape}, {self.size.batch} x {self.size.length} characters a step, {steps} steps, AdamW (0.9, "
-            f"0.95) without decay, a tenth of warm-up, cosine to a tenth, {precision}, r {self.size.rank} on q, k, v"
+            f"GPT {self.shape}, {self.size.batch} x {self.size.length} characters a step, {steps} steps, "
+            f"AdamW without decay, a tenth of warm-up, cosine to a tenth, {precision}, r {self.size.rank} on q, k, v"
         )
 
     def losses(self, model: GPT, count: int) -> dict[str, float]:
@@ -222,7 +222,6 @@ class Bed:
         for group in groups:
             group["lr"] = torch.zeros((), device=self.device)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=cuda)
-        factor = warmup_cosine(steps, warmup=steps // 10)
         data = token_batches(self.tokens["train"], batch=self.size.batch, length=self.size.length, seed=seed + 10)
         x, y = (t.to(self.device).clone() for t in data(0))
         step = make_step(model, optimizer, x, y, penalty)
@@ -230,8 +229,10 @@ class Bed:
         schedule = GateSchedule(model, warmup=steps // 20, freeze=steps * 6 // 10) if gated else None
         curve, path = [], []
         for i in range(steps):
+            warm = min(1.0, (i + 1) / max(1, steps // 10))
+            decay = 0.1 + 0.45 * (1 + math.cos(math.pi * i / steps))
             for group in optimizer.param_groups:
-                group["lr"].fill_(lr * group["factor"] * factor(i))
+                group["lr"].fill_(lr * group["factor"] * warm * decay)
             for static, new in zip((x, y), data(i)):
                 static.copy_(new)
             step()
@@ -267,12 +268,14 @@ def by_rate(runs: Runs, name: str) -> dict[float, float]:
     return dict(sorted(means.items(), key=lambda item: item[1]))
 
 
-def fourth(means: dict[float, float]) -> float:
-    """Return the rate to try after three: beyond an edge, else halfway to the better neighbour of the best."""
-    low, middle, high = sorted(means)
-    best = min(means, key=means.__getitem__)
-    beside = min((low, high), key=means.__getitem__)
-    return {low: low / 2, high: high * 2, middle: round(math.sqrt(middle * beside), 6)}[best]
+def further(means: dict[float, float]) -> float:
+    """Return the rate to try next: beyond an edge of the grid, else halfway to the better neighbour of the best."""
+    rates = sorted(means)
+    place = rates.index(min(means, key=means.__getitem__))
+    if place in (0, len(rates) - 1):
+        return rates[place] / 2 if place == 0 else rates[place] * 2
+    beside = min((rates[place - 1], rates[place + 1]), key=means.__getitem__)
+    return round(math.sqrt(rates[place] * beside), 6)
 
 
 def chosen(runs: Runs, name: str) -> float | None:
@@ -281,24 +284,28 @@ def chosen(runs: Runs, name: str) -> float | None:
     return next(iter(means)) if len(means) >= 4 else None
 
 
-def short(
-    runs: Runs, bed: Bed, name: str, steps: int, rates: tuple[float, ...], first: tuple[int, ...], more: tuple[int, ...]
+def tune(
+    runs: Runs,
+    bed: Bed,
+    name: str,
+    steps: int,
+    rates: tuple[float, ...],
+    count: int,
+    first: tuple[int, ...],
+    more: tuple[int, ...],
 ) -> None:
-    """Tune an arm on the first seeds and run more seeds at the best rate."""
+    """Try so many rates on the first seeds, beginning with these, and run more seeds at the best."""
 
     def row(lr: float, seed: int) -> None:
         runs.row({"method": name, "lr": lr, "seed": seed}, lambda: bed.run(name, lr, seed, steps))
 
-    for lr in rates:
-        for seed in first:
-            row(lr, seed)
-    if len(by_rate(runs, name)) < 4:
-        lr = fourth(by_rate(runs, name))
-        for seed in first:
-            row(lr, seed)
-    for lr in list(by_rate(runs, name)):  # whoever was stopped between the seeds of a rate
-        for seed in first:
-            row(lr, seed)
+    tried = sorted({*rates, *by_rate(runs, name)})
+    while tried:
+        for lr in tried:
+            for seed in first:
+                row(lr, seed)
+        means = by_rate(runs, name)
+        tried = [further(means)] if len(means) < count else []
     for seed in more:
         row(next(iter(by_rate(runs, name))), seed)
 
@@ -366,7 +373,7 @@ def packed_sizes(tiny: bool, device: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run the parts asked for, in this order; without --part all but "small"."""
-    args = arguments(__doc__ or "", ("memory", "short", "long", "seeds", "gates", "small"))
+    args = arguments(__doc__ or "", ("memory", "short", "fifth", "long", "seeds", "gates", "small"))
     if "memory" in args.part:
         setting = (
             "HGF GPTs, untrained; matrices of the blocks: bf16, packed in 2 bits, corrections of q, k, v in float16"
@@ -383,8 +390,8 @@ def main() -> None:
         bed, steps = Bed(TINY if args.tiny else SMALL, "cpu"), 20 if args.tiny else 400
         runs = stored("small", bed, steps)
         for name in wanted:
-            short(runs, bed, name, steps, rates=(0.0025, 0.005, 0.01), first=(0, 1), more=(2, 3, 4))
-    if not {"short", "long", "seeds", "gates"} & set(args.part):
+            tune(runs, bed, name, steps, (0.0025, 0.005, 0.01), 4, first=(0, 1), more=(2, 3, 4))
+    if not {"short", "fifth", "long", "seeds", "gates"} & set(args.part):
         return
     bed = Bed(TINY if args.tiny else SCALE, args.device)
     few, many = (20, 40) if args.tiny else (400, 2500)
@@ -393,8 +400,8 @@ def main() -> None:
     )
     for part in args.part:
         for name in wanted:
-            if part == "short":
-                short(runs, bed, name, few, rates=(1e-3, 2e-3, 4e-3), first=(0,), more=(1, 2))
+            if part in ("short", "fifth"):
+                tune(runs, bed, name, few, (1e-3, 2e-3, 4e-3), 4 + (part == "fifth"), first=(0,), more=(1, 2))
             if part == "seeds" and name in CENTRAL:
                 seeds(runs, bed, name, few)
         for seed in range(3) if part == "long" else ():
