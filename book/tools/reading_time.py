@@ -9,7 +9,6 @@ printed lines, tables, printed source, captions.
 """
 
 import argparse
-import math
 import re
 from pathlib import Path
 
@@ -72,7 +71,7 @@ def pieces(text: str, solution: bool = False) -> list[tuple[str, str]]:
 
 
 def words(text: str) -> int:
-    """Words of Markdown, TeX or HTML text; a number is a word, as is a letter of TeX."""
+    """Words of Markdown, TeX or HTML text; a number is one, as is a letter of TeX."""
     text = re.sub(r"^(:{3,}|`{3,}).*$|^:[\w-]+:.*$", "", text, flags=re.MULTILINE)
     text = re.sub(r"\]\([^)]*\)|<[^>]*>|https?://\S+", " ", text)
     return len(re.findall(r"[^\W_]+(?:[-'’.,·/][^\W_]+)*", text))

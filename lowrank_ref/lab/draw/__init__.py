@@ -3,6 +3,7 @@
     svg      charts and images as SVG             photo    one photograph at every rank
     plots    colours and helpers for matplotlib   table    text and HTML tables
     explore  figures with sliders, no kernel      source   an equation beside its code
+    palette  one colour a method
 
 `plots` is used as a module: `from lowrank_ref.lab.draw import plots`.
 """
