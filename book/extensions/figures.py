@@ -1,0 +1,102 @@
+"""Figures of a chapter: numbered captions, and code folded below what it draws.
+
+A picture whose cell has `mystnb={"figure": {"caption": ...}}` and an explorer, which
+brings its own caption, are one series on each page: Figure 1, Figure 2, ... The code
+of a folded cell stands below its output, under a line that says what it makes.
+"""
+
+import re
+
+from docutils import nodes
+from myst_nb.sphinx_ import HideCodeCellNode
+from sphinx.application import Sphinx
+from sphinx.transforms.post_transforms import SphinxPostTransform
+
+CAPTION = re.compile(r'<p class="lr-caption">(.*?)</p>\n?', re.DOTALL)
+TITLE = re.compile(r'<p class="lr-title">(.*?)</p>', re.DOTALL)
+#: What MyST-NB writes on a fold where a cell says nothing.
+DEFAULT = re.compile(r"(Show|Hide) code cell ")
+
+
+class Figures(SphinxPostTransform):
+    """Number the figures of a notebook, then move its folded code below its outputs."""
+
+    default_priority = 200  # after MyST-NB has made its folds, at 199
+    formats = ("html",)
+
+    def run(self, **kwargs: object) -> None:
+        if not self.env.doc2path(self.env.docname).endswith(".ipynb"):
+            return
+        found = list(self.document.findall(is_figure))
+        for number, node in enumerate(found, start=1):
+            node.replace_self(numbered(node, number))
+        for fold in list(self.document.findall(HideCodeCellNode)):
+            settle(fold)
+
+
+def is_explorer(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.raw) and 'class="lr-explore"' in node.astext()
+
+
+def is_figure(node: nodes.Node) -> bool:
+    """An explorer, or a picture with a caption."""
+    captioned = isinstance(node, nodes.figure) and node.next_node(nodes.caption)
+    return bool(captioned) or is_explorer(node)
+
+
+def numbered(node: nodes.Element, number: int) -> list[nodes.Node]:
+    """The figure as an element of HTML with its caption. Sphinx' numbers go on from
+    chapter to chapter and know no explorers, so it must not see a figure here."""
+    told = f"<strong>Figure {number}.</strong> "
+    if is_explorer(node):
+        text, (caption, *_) = node.astext(), CAPTION.findall(node.astext()) or [""]
+        caption = caption or TITLE.findall(text)[0]
+        node = node.deepcopy()
+        node.children = [nodes.Text(CAPTION.sub("", text, count=1))]
+        return [opening(number), node, closing(f"<p>{told}{caption}</p>")]
+    caption = next(node.findall(nodes.caption))
+    node.remove(caption)
+    line = nodes.paragraph("", "", html(told), *caption.children)
+    start = opening(number, *node["ids"])
+    return [start, *node.children, html("<figcaption>"), line, closing("", False)]
+
+
+def opening(number: int, name: str = "") -> nodes.raw:
+    name = f' id="{name}"' if name else ""
+    return html(f'<figure class="lr-figure" data-figure="{number}"{name}>')
+
+
+def closing(caption: str, whole: bool = True) -> nodes.raw:
+    start = "<figcaption>" if whole else ""
+    return html(f"{start}{caption}</figcaption></figure>")
+
+
+def html(text: str) -> nodes.raw:
+    return nodes.raw("", text, format="html")
+
+
+def settle(fold: HideCodeCellNode) -> None:
+    """Name a fold after what its cell makes; code stands below that."""
+    cell = fold.parent
+    if "above-input" in fold["classes"] and cell[-1] is not fold:
+        cell.remove(fold)
+        cell.append(fold)
+    if DEFAULT.match(fold["prompt_show"]):
+        output = "below-input" in fold["classes"]
+        fold["prompt_show"] = "Output" if output else prompt(cell)
+        fold["prompt_hide"] = fold["prompt_show"]
+
+
+def prompt(cell: nodes.Element) -> str:
+    """Such as "Code of Figure 2", from the outputs of a cell."""
+    text = "".join(raw.astext() for raw in cell.findall(nodes.raw))
+    if figures := re.findall(r'data-figure="(\d+)"', text):
+        return "Code of Figure " + " and ".join(dict.fromkeys(figures))
+    if 'class="claims' in text:
+        return "Code of the claims"
+    return "Code of the table" if "<table" in text else "Code"
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_post_transform(Figures)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
