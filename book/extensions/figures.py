@@ -16,6 +16,7 @@ CAPTION = re.compile(r'<p class="lr-caption">(.*?)</p>\n?', re.DOTALL)
 TITLE = re.compile(r'<p class="lr-title">(.*?)</p>', re.DOTALL)
 #: What MyST-NB writes on a fold where a cell says nothing.
 DEFAULT = re.compile(r"(Show|Hide) code cell ")
+OUTPUT = "cell_code_output"
 
 
 class Figures(SphinxPostTransform):
@@ -29,7 +30,8 @@ class Figures(SphinxPostTransform):
             return
         found = list(self.document.findall(is_figure))
         for number, node in enumerate(found, start=1):
-            node.replace_self(numbered(node, number))
+            place = node.parent.index(node)
+            node.parent[place : place + 1] = numbered(node, number)
         for fold in list(self.document.findall(HideCodeCellNode)):
             settle(fold)
 
@@ -48,27 +50,19 @@ def numbered(node: nodes.Element, number: int) -> list[nodes.Node]:
     """The figure as an element of HTML with its caption. Sphinx' numbers go on from
     chapter to chapter and know no explorers, so it must not see a figure here."""
     told = f"<strong>Figure {number}.</strong> "
+    name = "".join(f' id="{name}"' for name in node["ids"][:1])
+    start = f'<figure class="lr-figure" data-figure="{number}"{name}>'
     if is_explorer(node):
         text, (caption, *_) = node.astext(), CAPTION.findall(node.astext()) or [""]
-        caption = caption or TITLE.findall(text)[0]
-        node = node.deepcopy()
-        node.children = [nodes.Text(CAPTION.sub("", text, count=1))]
-        return [opening(number), node, closing(f"<p>{told}{caption}</p>")]
+        caption = f"<p>{told}{caption or TITLE.findall(text)[0]}</p>"
+        end = f"<figcaption>{caption}</figcaption></figure>"
+        whole = start + CAPTION.sub("", text, count=1) + end
+        return [nodes.raw("", whole, format="html", classes=node["classes"])]
     caption = next(node.findall(nodes.caption))
     node.remove(caption)
     line = nodes.paragraph("", "", html(told), *caption.children)
-    start = opening(number, *node["ids"])
-    return [start, *node.children, html("<figcaption>"), line, closing("", False)]
-
-
-def opening(number: int, name: str = "") -> nodes.raw:
-    name = f' id="{name}"' if name else ""
-    return html(f'<figure class="lr-figure" data-figure="{number}"{name}>')
-
-
-def closing(caption: str, whole: bool = True) -> nodes.raw:
-    start = "<figcaption>" if whole else ""
-    return html(f"{start}{caption}</figcaption></figure>")
+    around = html("<figcaption>"), line, html("</figcaption></figure>")
+    return [html(start), *node.children, *around]
 
 
 def html(text: str) -> nodes.raw:
@@ -94,7 +88,13 @@ def prompt(cell: nodes.Element) -> str:
         return "Code of Figure " + " and ".join(dict.fromkeys(figures))
     if 'class="claims' in text:
         return "Code of the claims"
-    return "Code of the table" if "<table" in text else "Code"
+    if "<table" in text:
+        return "Code of the table"
+    return "Code" if cell.next_node(is_output) else "Set-up"
+
+
+def is_output(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.container) and node.get("nb_element") == OUTPUT
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

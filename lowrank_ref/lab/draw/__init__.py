@@ -9,6 +9,7 @@
 """
 
 from lowrank_ref.lab.draw.explore import explore
+from lowrank_ref.lab.draw.palette import colour
 from lowrank_ref.lab.draw.photo import PhotoExplorer, explore_photo
 from lowrank_ref.lab.draw.source import beside, source
 from lowrank_ref.lab.draw.svg import PALETTE, bar_chart, image, line_chart, readout
@@ -20,6 +21,7 @@ __all__ = [
     "Table",
     "bar_chart",
     "beside",
+    "colour",
     "explore",
     "explore_photo",
     "image",
