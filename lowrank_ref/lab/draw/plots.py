@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from lowrank_ref.lab.compare import Comparison
 from lowrank_ref.lab.draw.palette import GRAY, HUES, Look, colour, looks
 
-__all__ = ["GRAY", "OKABE_ITO", "bars_with_spread", "colour", "curves", "line", "lr_sweep", "style"]
+__all__ = ["GRAY", "OKABE_ITO", "bars_with_spread", "colour", "curves", "line", "looks", "lr_sweep", "style"]
 
 #: Hues by name for what is no method, and black for its outlines. A method's colour comes from `colour`.
 OKABE_ITO = {"black": "#000000", **HUES}
