@@ -76,17 +76,19 @@ def settle(fold: HideCodeCellNode) -> None:
         cell.remove(fold)
         cell.append(fold)
     if DEFAULT.match(fold["prompt_show"]):
-        output = "below-input" in fold["classes"]
-        fold["prompt_show"] = "Output" if output else prompt(cell)
-        fold["prompt_hide"] = fold["prompt_show"]
+        fold["prompt_show"] = fold["prompt_hide"] = prompt(fold, cell)
 
 
-def prompt(cell: nodes.Element) -> str:
+def prompt(fold: nodes.Element, cell: nodes.Element) -> str:
     """Such as "Code of Figure 2", from the outputs of a cell."""
+    if "above-input" not in fold["classes"]:
+        blocks = fold.findall(nodes.literal_block)
+        python = any(block.get("language") == "python" for block in blocks)
+        return "The source" if python else "Output"
     text = "".join(raw.astext() for raw in cell.findall(nodes.raw))
     if figures := re.findall(r'data-figure="(\d+)"', text):
         return "Code of Figure " + " and ".join(dict.fromkeys(figures))
-    if 'class="claims' in text:
+    if 'class="lr-table claims' in text:
         return "Code of the claims"
     if "<table" in text:
         return "Code of the table"
