@@ -288,8 +288,9 @@ class Comparison:
         return self.arms[method]
 
     def _count(self, method: str, lr: float, name: str) -> str:
-        found = {row.get(name) for row in self.rows if row["method"] == method and row["lr"] == lr} - {None}
-        return " or ".join(f"{int(count):,}" for count in sorted(found)) or "-"
+        rows = [row for row in self.rows if row["method"] == method and row["lr"] == lr]
+        found = {int(row[name]) for row in rows if name in row}
+        return " or ".join(f"{count:,}" for count in sorted(found)) or "-"
 
     def differing(self, a: str, b: str) -> dict[str, tuple[str, str]]:
         """Return fact -> what it is for a and for b, for all facts in which the two arms differ."""
