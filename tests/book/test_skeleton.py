@@ -11,9 +11,10 @@ import links
 import nbformat
 import pytest
 import reading_time
+from asks import OLD_ORDER
 from docutils import nodes
 from links import ROOT
-from reading import in_browser, needs_pages, read, soup
+from reading import needs_pages, soup
 
 from lowrank_ref.core.registry import papers
 
@@ -24,11 +25,6 @@ PAPERS = {f"{paper.part}/{paper.key}": paper for paper in papers().values()}
 LONGEST_ANSWER = 60  # words below the title
 LONGEST_CAPTION = 65
 LONGEST_READ = 25  # minutes
-#: The picture's top, in pixels, in a window of this size.
-HIGHEST = {(1400, 900): 450, (390, 844): 700}
-
-#: Chapters whose rewriting is under way: they still have the old order.
-OLD_ORDER = ["adapters/lora", "compression/maestro", "lowbit/hgf"]
 #: Chapters that take longer than they may.
 TOO_LONG = [*OLD_ORDER]
 
@@ -285,23 +281,3 @@ def test_words_leave_markup_out():
 def test_a_chapter_is_read_in_time(name):
     unfolded, _ = reading_time.minutes(notebook(name))
     assert unfolded <= LONGEST_READ
-
-
-# --- in the browser
-
-
-@in_browser
-@each_but(OLD_ORDER)
-def test_the_picture_is_seen_at_once(visit, site, name):
-    """Its top on a desktop and on a phone; on paper a caption stays with its figure."""
-    page = visit(viewport={"width": 1400, "height": 900})
-    read(page, f"{site}/{name}.html")
-    tops = {}
-    for (width, height), most in HIGHEST.items():
-        page.set_viewport_size({"width": width, "height": height})
-        top = page.evaluate("document.querySelector('.lr-figure').getBoundingClientRect().top + scrollY")
-        tops[width] = top, most
-    page.emulate_media(media="print")
-    breaks = page.evaluate("[...document.querySelectorAll('.lr-figure')].map(f => getComputedStyle(f).breakInside)")
-    assert set(breaks) == {"avoid"}
-    assert [width for width, (top, most) in tops.items() if top > most] == [], tops
