@@ -8,7 +8,7 @@ import re
 from importlib.resources import files
 
 import reading
-from reading import CHAPTERS, PAIRED
+from reading import CHAPTERS, OLD_ORDER, PAIRED
 
 DESK = reading.DESK["viewport"]
 PHONE = {"width": 360, "height": 740}
@@ -46,7 +46,7 @@ LIT = """pairs => pairs.map(pair => {
 
 
 def the_picture_is_seen_at_once(page, name):
-    """A chapter's first explorer begins on the first screen, of a phone as well; on paper captions stay with figures."""
+    """A chapter's first explorer begins on the first screen, also of a phone; on paper captions stay with figures."""
     if name not in CHAPTERS or name.removesuffix(".html") in OLD_ORDER:
         return
     top = page.evaluate("document.querySelector('.lr-figure .lr-explore').getBoundingClientRect().top + scrollY")

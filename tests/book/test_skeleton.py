@@ -11,10 +11,9 @@ import links
 import nbformat
 import pytest
 import reading_time
-from asks import OLD_ORDER
 from docutils import nodes
 from links import ROOT
-from reading import needs_pages, soup
+from reading import OLD_ORDER, needs_pages, soup
 
 from lowrank_ref.core.registry import papers
 
