@@ -191,6 +191,8 @@ def _prints(page, name, scheme):
     try:
         assert page.evaluate("document.documentElement.scrollWidth") <= PAPER["width"], "cut off at the right"
         assert page.evaluate(ON_PAPER, [SCREEN, PAPER["width"]]) == [[], [], [], []]
+        inline = "all => all.filter(one => getComputedStyle(one).display == 'block').length"
+        assert page.locator("span.math").evaluate_all(inline) == 0, "a formula of a sentence has a line of its own"
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert ground in ("rgb(255, 255, 255)", "rgba(0, 0, 0, 0)")
         if name in PDF:
