@@ -3,9 +3,9 @@
 python book/tools/convert.py chapter.py book/adapters/lora.ipynb
 
 Then `python book/tools/execute.py --in-place book/adapters/lora.ipynb` fills in the outputs.
-Tags and alt texts stand in a cell's first line:
+Tags, caption and alt text stand in a cell's first line:
 
-    # %% tags=["plot"] mystnb={"image": {"alt": "Accuracy rises with rank and flattens at 8."}}
+    # %% tags=["plot", "hide-input"] mystnb={"figure": {"caption": "What to see."}, "image": {"alt": "..."}}
 """  # noqa: E501
 
 import argparse
