@@ -575,7 +575,8 @@ def test_two_processes_under_ddp_equal_one_on_the_whole_batch(tmp_path):
     finally:
         for process in processes:
             process.kill()  # one that waits for a partner that failed
-    first, second, single = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("0of2", "1of2", "0of1"))
+    files = [tmp_path / f"{name}.pt" for name in ("0of2", "1of2", "0of1")]
+    first, second, single = (torch.load(file, weights_only=True) for file in files)
     for key, value in single.items():
         assert torch.equal(first[key], second[key])
         close(first[key], value, rtol=1e-8, atol=1e-8)
