@@ -197,9 +197,11 @@ def warmup_cosine(steps: int, *, warmup: int, final: float = 0.1) -> Callable[[i
 
 def _check_arguments(*, clip: float | None, **counts: int) -> None:
     for name, value in counts.items():
-        check_integer(name, value, **({} if name in ("steps", "accumulate") else {"low": 0}))
+        check_integer(name, value)
     if counts["steps"] < 1 or counts["accumulate"] < 1:
         raise ValueError(f"steps, accumulate: got {counts['steps']}, {counts['accumulate']}, wanted both at least 1")
+    for name in ("every", "save_every"):
+        check_integer(name, counts[name], low=0)
     if clip is not None:
         check_number("clip", clip, low=0, open_low=True)
 
