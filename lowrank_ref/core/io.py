@@ -44,6 +44,22 @@ def check_file(path: Path) -> None:
         raise ValueError(f"path: got {path}, which is no regular file, wanted a file")
 
 
+def check_place(path: Path) -> Path:
+    """Return the file that a path means (links followed), where one can be written.
+
+    Raises:
+        ValueError: something that is no regular file stands there.
+        OSError: the folder is missing or cannot be written to.
+    """
+    check_file(path)
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path: got {path}, whose folder does not exist, wanted a folder that does")
+    if not os.access(target.parent, os.W_OK):
+        raise PermissionError(f"path: got {path}, whose folder cannot be written to, wanted one that can")
+    return target
+
+
 @contextlib.contextmanager
 def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Let others wait who read or write several files of this folder as one, where the system and the disk can."""
@@ -72,8 +88,7 @@ def write_files(contents: Mapping[Path, bytes]) -> None:
     moves: dict[Path, Path] = {}
     try:
         for path, data in contents.items():
-            target = Path(os.path.realpath(path))
-            check_file(target)
+            target = check_place(path)
             beside = target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.part")
             moves[beside] = target
             with open(beside, "xb") as file:

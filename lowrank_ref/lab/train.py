@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lowrank_ref.core.checks import check_integer, check_number, finite
 from lowrank_ref.core.io import (
     card_mismatches,
-    check_file,
+    check_place,
     layer_cards,
     load_all,
     load_plain,
@@ -127,7 +127,7 @@ def train(
         "actions": [type(action).__name__ for action in actions],
     }
     if path is not None:
-        _check_place(path)
+        check_place(path)
         _check_saving(optimizer, actions)
         if path.exists():
             history, start = _load(path, model, optimizer, actions, cards, steps)
@@ -198,9 +198,11 @@ def warmup_cosine(steps: int, *, warmup: int, final: float = 0.1) -> Callable[[i
 
 def _check_arguments(*, clip: float | None, **counts: int) -> None:
     for name, value in counts.items():
-        check_integer(name, value, **({} if name in ("steps", "accumulate") else {"low": 0}))
+        check_integer(name, value)
     if counts["steps"] < 1 or counts["accumulate"] < 1:
         raise ValueError(f"steps, accumulate: got {counts['steps']}, {counts['accumulate']}, wanted both at least 1")
+    for name in ("every", "save_every"):
+        check_integer(name, counts[name], low=0)
     if clip is not None:
         check_number("clip", clip, low=0, open_low=True)
 
@@ -214,15 +216,6 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, one_
         raise ValueError(f"optimizer: got {got}, wanted them: build it after the last change of the model's layers")
     if not one_pass and any(getattr(p, "_post_accumulate_grad_hooks", None) for p in held):
         raise ValueError("optimizer: got per-layer updates, which step inside backward, wanted no clip, accumulate=1")
-
-
-def _check_place(path: Path) -> None:
-    check_file(path)
-    folder = Path(os.path.realpath(path)).parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"checkpoint: got {path}, whose folder does not exist, wanted one that does")
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"checkpoint: got {path}, whose folder cannot be written to, wanted one that can")
 
 
 def _check_saving(optimizer: torch.optim.Optimizer, actions: Sequence[Action]) -> None:

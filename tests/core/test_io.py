@@ -159,6 +159,8 @@ def test_a_spoilt_file_raises(name, tmp_path):
 def test_a_missing_file_is_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_tensors(tmp_path / "nothing", kind="k")
+    with pytest.raises(FileNotFoundError, match="whose folder does not exist"):
+        save_tensors(TENSORS, tmp_path / "no" / "folder", kind="k")
 
 
 # Adapters.

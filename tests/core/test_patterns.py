@@ -25,16 +25,16 @@ def written(draw, depth):
 
 def test_answers_are_those_of_re():
     draw, found = random.Random(0), 0
-    for _ in range(1500):
+    for _ in range(800):
         pattern = written(draw, draw.randint(1, 4))
         # not empty: what \B says of that depends on the version of Python
-        text = "".join(draw.choice("ab.1") for _ in range(draw.randint(1, 7)))
+        text = "".join(draw.choice("ab.1") for _ in range(draw.randint(1, 4)))
         wanted = re.fullmatch(pattern, text) is not None
         assert matches(pattern, text) == wanted, (pattern, text)
         after = [0, *(i + 1 for i, c in enumerate(text) if c == ".")]
         assert matches(pattern, text, starts=after) == (re.match(rf"(.*\.)?({pattern})$", text) is not None)
         found += wanted
-    assert found > 60
+    assert found > 20
 
 
 @pytest.mark.parametrize(
