@@ -384,6 +384,45 @@ def test_a_key_of_a_group_that_nobody_reads_is_refused(name):
 
 
 @each_optimizer
+@pytest.mark.parametrize("size", [3e-5, 300.0])
+def test_float16_neither_overflows_nor_vanishes(name, size):
+    """Squares of gradients do: moments and norms have to be wider than the weights."""
+    ends = []
+    for dtype in (torch.float16, torch.float32):
+        model = network(torch.float16).to(dtype)
+        steps = optimizer(name, model)
+        for step in range(4):
+            for i, p in enumerate(model.parameters()):
+                drawn = size * torch.randn(p.shape, generator=seeded(10 * step + i))
+                p.grad = drawn.half().to(p)
+            steps.step()
+        ends.append([p.detach().float() for p in model.parameters()])
+    for got, wanted, start in zip(*ends, network(torch.float16).parameters()):
+        way = (wanted - start.float()).norm()
+        assert (got - wanted).norm() <= 0.02 * way + 4 * 2**-11 * (1 + wanted.norm())
+
+
+@each_optimizer
+def test_a_sparse_gradient_and_a_flattened_parameter_are_named(name):
+    table = nn.Embedding(7, 4, sparse=True).to(battery.DEVICE)
+    steps = OPTIMIZERS[name](list(table.parameters()))
+    table(torch.tensor([1, 2], device=battery.DEVICE)).sum().backward()
+    with pytest.raises(ValueError, match="grad: got a sparse gradient"):
+        steps.step()
+    model = network()
+    steps = optimizer(name, model)
+    train(model, steps, range(1))
+    before = copy.deepcopy(model.state_dict())
+    loss(model, batch(1)).backward()
+    W = model[2].weight
+    W.data, W.grad = W.data.flatten(), W.grad.flatten()
+    with pytest.raises(ValueError, match=r"params: got shape \(60,\), wanted \(6, 10\)"):
+        steps.step()
+    W.data = W.data.view(6, 10)
+    assert_equal_states(model.state_dict(), before)
+
+
+@each_optimizer
 def test_gradients_of_zeros_decide_no_basis(name):
     """As of a layer behind a zero-initialised head. Vectors take plain steps, which count zeros; here they rest."""
     ends = []

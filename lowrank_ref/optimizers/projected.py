@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_ref.core.checks import check_integer, check_names, check_number, check_rank
 from lowrank_ref.optimizers.fast import norms
-from lowrank_ref.optimizers.sharded import whole_matrices
+from lowrank_ref.optimizers.sharded import whole, whole_matrices
 
 #: How many parameters step together, so that a step launches few kernels and its projections need little memory.
 TOGETHER = 32
@@ -198,8 +198,8 @@ def check_gradients(gradients: list[Tensor]) -> None:
         raise ValueError("grad: got a sparse gradient, wanted dense ones: build the nn.Embedding with sparse=False")
     if not gradients:
         return
-    bad = (~norms(gradients).isfinite()).tolist()
+    bad = whole(~norms(gradients).isfinite()).tolist()
     if any(bad):
         worst = [G for G, is_bad in zip(gradients, bad) if is_bad]
-        what = "squares that overflow" if all(bool(G.isfinite().all()) for G in worst) else "NaN or infinity"
+        what = "squares that overflow" if all(bool(whole(G).isfinite().all()) for G in worst) else "NaN or infinity"
         raise ValueError(f"grad: got {what} in {len(worst)} of {len(gradients)} gradients, wanted finite norms")

@@ -146,6 +146,7 @@ def test_the_training_loop_saves_attached_actions_and_does_not_call_them(tmp_pat
     assert run(4, True, tmp_path / "x") == wanted
 
 
+@pytest.mark.slow
 def test_inside_transformers_trainer(tmp_path):
     """Its own place for callbacks, on_step_end, comes after the schedule: rates would be those of the next step."""
     transformers = pytest.importorskip("transformers")
