@@ -189,7 +189,7 @@ def _prefill(
 def _quantise(x, codes, scale, x_sum, n, stride_x, eps, BLOCK: tl.constexpr):
     """One block a token: s = 127/max abs x, round(s·x) to even, and the sum of the codes.
 
-    The maximum is that of the bits of abs x, whole numbers in the order of the values, infinity and NaN above all. Those
+    The maximum is that of the bits of abs x, whole numbers in the order of the values, infinity and NaN above all. Both
     make s, and with it all results of the token, NaN, as in the definition.
     """
     token = tl.program_id(0)
