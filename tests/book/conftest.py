@@ -1,5 +1,6 @@
 """Lets the tests import the book's tools and extensions, which are no package, and opens the pages in a browser."""
 
+import contextlib
 import functools
 import gzip
 import re
@@ -40,7 +41,8 @@ class Server(SimpleHTTPRequestHandler):
             self.send_header("Content-Encoding", "gzip")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        with contextlib.suppress(ConnectionError):  # the test has left the page
+            self.wfile.write(data)
 
 
 @functools.cache
