@@ -97,7 +97,8 @@ def replace_modules(
     named = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if path]
     hits = select(model, {p: m for p, m in named if accepts(m) and not _inside_adapter(model, p)}, pattern)
     old = {id(module): module for module in hits.values()}  # a layer at two places is built once
-    first = {key: next(path for path, module in hits.items() if id(module) == key) for key in old}
+    first = {id(module): path for path, module in reversed(hits.items())}
+    first = {key: first[key] for key in old}
     flags = {p: p.requires_grad for p in model.parameters()}
     before = [layer for _, layer in adapters(model)]
     try:

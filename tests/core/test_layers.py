@@ -349,6 +349,21 @@ def test_models_that_others_wrapped_are_refused():
     replace_linears(model.merge_and_unload(), "out", Shift)
 
 
+def test_a_model_inside_ddp_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="DistributedDataParallel, blind to new parameters"):
+            replace_linears(nn.parallel.DistributedDataParallel(net()), "0", Shift)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_layers_are_built_in_the_order_of_the_model():
+    order = []
+    replace_linears(net(), "", lambda layer: order.append(layer.out_features) or Shift(layer))
+    assert order == [4, 2]
+
+
 class Reader(nn.Module):
     """Multiplies with the weight of one layer itself, and asks for the dtype of another."""
 
