@@ -352,7 +352,7 @@ def test_models_that_others_wrapped_are_refused():
 def test_a_model_inside_ddp_is_refused(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
-        with pytest.raises(ValueError, match="DistributedDataParallel, blind to new parameters"):
+        with pytest.raises(ValueError, match="DistributedDataParallel, which would not see new parameters"):
             replace_linears(nn.parallel.DistributedDataParallel(net()), "0", Shift)
     finally:
         torch.distributed.destroy_process_group()
