@@ -273,7 +273,7 @@ def _build(model: nn.Module, path: str, old: nn.Module, factory: Callable[[Any],
 
 
 @functools.cache
-def _multiplies(kind: type[nn.Module], name: str) -> bool:
+def _multiplies(kind: Any, name: str) -> bool:
     """Tell by its source whether a class takes `self.<name>.weight` for more than its dtype, device or shape."""
     harmless = r"\.(?:dtype|device|shape|size|ndim|requires_grad)\b"
     taken = re.compile(rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b(?!{harmless}|\s*=[^=])")

@@ -53,7 +53,7 @@ def has_own_forward(module: nn.Module) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether calling the layer runs somebody's hook, also one for all modules."""
     own = any(vars(module)[name] for name in _HOOKS)
-    return own or bool(nn.modules.module._has_any_global_hook())  # type: ignore[attr-defined]
+    return own or bool(nn.modules.module._has_any_global_hook())
 
 
 def weight_of(module: nn.Module) -> Float[Tensor, "m n"]:
@@ -123,8 +123,8 @@ def with_weight(module: nn.Module, weight: Float[Tensor, "..."]) -> nn.Module:
     hooks = [hook for name in _HOOKS for hook in vars(module)[name].values() if not _of_torch(hook)]
     if hooks:
         raise TypeError(f"base: got {len(hooks)} hooks, which a merge would lose, wanted none; remove them before it")
-    kind = type_before_parametrizations(module)
-    new: Any = kind.__new__(kind)
+    kind: Any = type_before_parametrizations(module)
+    new = kind.__new__(kind)
     nn.Module.__init__(new)
     lost = {*vars(new), "weight", "_compiled_call_impl"}
     vars(new).update({name: value for name, value in vars(module).items() if name not in lost})
