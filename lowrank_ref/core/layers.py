@@ -20,7 +20,7 @@ from torch import nn
 from lowrank_ref.core import huggingface, idle
 from lowrank_ref.core.accounting import parameter_report
 from lowrank_ref.core.bases import AdaptedLinear, Adapter, WeightLayer, dense
-from lowrank_ref.core.matching import Pattern, capped, matcher, no_match, select
+from lowrank_ref.core.matching import Pattern, capped, is_output, matcher, no_match, select
 from lowrank_ref.core.weights import (
     PLAIN,
     carry_hooks,
@@ -125,8 +125,9 @@ def replace_modules(
             encoder.use_nested_tensor = False  # made for layers that multiply with `weight`
     huggingface.follow_ties(model)
     huggingface.guard_saving(model)
-    idle.watch((old[key], layer) for key, layer in new.items())
-    _report(model, list(first.values()), list(new.values()), {id(p) for p, trains in flags.items() if trains})
+    idle.watch([(old[key], layer) for key, layer in new.items()])
+    changed = {first[key]: (old[key], layer) for key, layer in new.items()}
+    _report(model, changed, {id(p) for p, trains in flags.items() if trains})
     return model
 
 
@@ -264,10 +265,10 @@ def _build(model: nn.Module, path: str, old: nn.Module, factory: Callable[[Any],
         raise TypeError(f"{path}: got {own}, which {kind} would not run; leave it out of the pattern")
     names = path.split(".")
     for i in range(len(names)):
-        parent = model.get_submodule(".".join(names[:i]))
-        inner = isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerEncoder)  # these look for hooks first
-        if not getattr(new, "is_product", True) and not inner and _multiplies(type(parent), ".".join(names[i:])):
-            got = f"{kind} in {type(parent).__name__}, which takes its `weight` and passes over what else it does"
+        owner: Any = type(model.get_submodule(".".join(names[:i])))
+        asks = issubclass(owner, nn.TransformerEncoderLayer | nn.TransformerEncoder)  # these look for hooks first
+        if not getattr(new, "is_product", True) and not asks and _multiplies(owner, ".".join(names[i:])):
+            got = f"{kind} in {owner.__name__}, which takes its `weight` and passes over what else it does"
             raise ValueError(f"{path}: got {got}; leave it out of the pattern, or take dropout = 0 if it has one")
     return new
 
@@ -306,13 +307,23 @@ def _kept(model: nn.Module, trainable: Pattern | None, bases: set[int]) -> set[i
     return hits - bases
 
 
-def _report(model: nn.Module, paths: list[str], new: list[nn.Module], trained: set[int]) -> None:
-    """Log what was done, and warn of a head that trained before and does not now."""
+def _report(model: nn.Module, changed: dict[str, tuple[nn.Module, nn.Module]], trained: set[int]) -> None:
+    """Log what was done, and warn of heads: that trained before and do not now, or are adapted themselves.
+
+    Args:
+        changed: path -> (old layer, new layer).
+        trained: ids of the parameters that trained before.
+    """
+    new = [layer for _, layer in changed.values()]
     verb = "adapts" if any(isinstance(layer, Adapter) for layer in new) else "replaces"
     kinds, report = capped({type(layer).__name__ for layer in new}), parameter_report(model)
     numbers = f"trains {report.trainable:,} of {report.total:,} numbers"
-    log.info("%s %d layers (%s): %s; %s", verb, len(new), kinds, capped(paths), numbers)
+    log.info("%s %d layers (%s): %s; %s", verb, len(new), kinds, capped(changed), numbers)
     for path in huggingface.frozen_heads(model):
         if any(id(p) in trained for p in model.get_submodule(path).parameters()):
             hint = f'if it is new, let it train with trainable=["{path}"]'
             log.warning("replace_linears: froze the head %r with the rest of the model; %s", path, hint)
+    for path, (old, layer) in changed.items():
+        if isinstance(layer, Adapter) and not isinstance(old, Adapter) and is_output(model, path, layer):
+            hint = 'leave it out of the pattern ("all-linear" does), and name it in `trainable` if it is new'
+            log.warning("replace_linears: adapts the output layer %r as well; if that is not meant, %s", path, hint)

@@ -52,7 +52,7 @@ def select(model: nn.Module, candidates: Mapping[str, nn.Module], pattern: Patte
         ValueError: none, or a name of the list means none, or no regular expression.
     """
     if pattern == "all-linear":
-        hits = {path: layer for path, layer in candidates.items() if not _is_output(model, path, layer)}
+        hits = {path: layer for path, layer in candidates.items() if not is_output(model, path, layer)}
     else:
         matches = matcher("pattern", pattern)
         hits = {path: layer for path, layer in candidates.items() if matches(path)}
@@ -94,7 +94,7 @@ def _others(model: nn.Module, pattern: Pattern) -> list[str]:
     return [kinds[path] for path in found if path not in inside] or [f"{kinds[path]} inside one" for path in inside]
 
 
-def _is_output(model: nn.Module, path: str, layer: nn.Module) -> bool:
+def is_output(model: nn.Module, path: str, layer: nn.Module) -> bool:
     """Tell the layers that give a model's answer, which PEFT leaves out of "all-linear" too."""
     outputs = [getattr(module, "get_output_embeddings", lambda: None)() for module in model.modules()]
     return path.rpartition(".")[2] in HEADS or any(layer is output for output in outputs)

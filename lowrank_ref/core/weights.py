@@ -128,16 +128,14 @@ def with_weight(module: nn.Module, weight: Float[Tensor, "..."]) -> nn.Module:
     nn.Module.__init__(new)
     lost = {*vars(new), "weight", "_compiled_call_impl"}
     vars(new).update({name: value for name, value in vars(module).items() if name not in lost})
-    for store in ("_buffers", "_modules", "_parameters"):  # what a subclass may have beside weight and bias
-        rest = {
-            k: v for k, v in vars(module)[store].items() if k.partition("_")[0] not in ("weight", "parametrizations")
-        }
-        vars(new)[store].update(copy.deepcopy(rest))
-    old = current(module)
     weight = weight.T if is_conv1d(module) else weight
-    new.weight = nn.Parameter(weight.detach().to(old.dtype, copy=True).contiguous())
+    new.weight = nn.Parameter(weight.detach().to(current(module).dtype, copy=True).contiguous())
+    for store in ("_parameters", "_buffers", "_modules"):  # the bias, and what a subclass may have
+        rest = vars(module)[store].items()
+        rest = {k: v for k, v in rest if k.partition("_")[0] not in ("weight", "parametrizations")}
+        vars(new)[store].update(copy.deepcopy(rest))
     if isinstance(bias := getattr(module, "bias", None), Tensor):
-        new.bias = nn.Parameter(bias.detach().clone())
+        new.bias = nn.Parameter(bias.detach().clone())  # also one that is computed
     return new.requires_grad_(False).train(module.training)
 
 

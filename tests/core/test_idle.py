@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_ref.adapters import LoRALinear
+from lowrank_ref.adapters import LoRALinear, PiSSALinear
 from lowrank_ref.core.layers import replace_linears
 from lowrank_ref.optimizers import GaLoreAdamW
 from lowrank_ref.pretraining import SLTrainLinear
@@ -64,6 +64,27 @@ def test_who_trains_the_base_on_purpose_may():
     model = replace_linears(net(), "^0", LORA)
     optimizer = torch.optim.SGD(model[0].base.requires_grad_(True).parameters(), lr=0.1)
     step(model, optimizer)
+
+
+@pytest.mark.parametrize("rate, warned", [(5e-5, True), (1e-3, False), (0.0, False)])
+def test_the_rate_of_full_fine_tuning_is_a_warning_once(rate, warned, caplog):
+    model = replace_linears(net(), "^0", LORA)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    for _ in range(2):
+        step(model, optimizer)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warned
+    assert not warned or "5e-05 is one for full fine-tuning; adapters want about ten times" in caplog.text
+
+
+def test_a_warm_up_and_other_parameters_have_their_rate(caplog):
+    model = replace_linears(net(), "^0", LORA, trainable="^1")
+    groups = [{"params": [model[0].A, model[0].B], "lr": 1e-3}, {"params": model[1].parameters(), "lr": 1e-5}]
+    optimizer = torch.optim.AdamW(groups)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: (t + 1) / 1000)
+    step(model, optimizer)
+    pissa = replace_linears(net(), "^0", partial(PiSSALinear, rank=2))  # whose paper takes 2e-5
+    step(pissa, torch.optim.AdamW(pissa.parameters(), lr=2e-5))
+    assert not caplog.messages
 
 
 def test_nothing_is_kept_alive():

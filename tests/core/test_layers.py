@@ -339,6 +339,15 @@ def test_a_head_that_freezes_with_the_rest_is_a_warning(caplog, capsys):
     assert len(caplog.messages) == 1 and capsys.readouterr().out == ""
 
 
+def test_an_adapted_output_layer_is_a_warning(caplog):
+    model = nn.ModuleDict({"body": nn.Linear(2, 2), "score": nn.Linear(2, 3)})
+    replace_linears(model, "", Shift)
+    assert len(caplog.messages) == 1 and "adapts the output layer 'score' as well" in caplog.text
+    caplog.clear()
+    replace_linears(merge_adapters(model), "all-linear", Shift, trainable=["score"])
+    assert not caplog.messages and trained(model) == ["body.shift", "score.weight", "score.bias"]
+
+
 def test_models_that_others_wrapped_are_refused():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(net(), peft.LoraConfig(target_modules=["0"]))
