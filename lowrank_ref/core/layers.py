@@ -279,12 +279,17 @@ def _multiplies(kind: Any, name: str) -> bool:
     harmless = r"\.(?:dtype|device|shape|size|ndim|requires_grad)\b"
     taken = re.compile(rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b(?!{harmless}|\s*=[^=])")
     setup = ("__init__", "_init", "reset", "_reset", "tie", "_tie", "set_", "resize", "_resize")
+    wanted = {"weight", *name.split(".")}
     for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         for method, function in vars(owner).items():
+            function = inspect.unwrap(function) if callable(function) else function
+            code = getattr(function, "__code__", None)
+            if code is None or method.startswith(setup) or not wanted <= {*code.co_names}:  # most: no source is read
+                continue
             try:
-                if callable(function) and not method.startswith(setup) and taken.search(inspect.getsource(function)):
+                if taken.search(inspect.getsource(function)):
                     return True
-            except (OSError, TypeError):  # no source at hand
+            except OSError:  # no source at hand
                 continue
     return False
 

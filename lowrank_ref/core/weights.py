@@ -47,7 +47,8 @@ def has_own_forward(module: nn.Module) -> bool:
     known = is_conv1d(module) or any(
         isinstance(module, kind) and type(module).forward is forward for kind, forward in _FORWARD.items()
     )
-    return not known or "forward" in vars(module)
+    forward = vars(module).get("forward")
+    return not known or (forward is not None and getattr(forward, "__func__", None) is not type(module).forward)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -126,7 +127,7 @@ def with_weight(module: nn.Module, weight: Float[Tensor, "..."]) -> nn.Module:
     kind: Any = type_before_parametrizations(module)
     new = kind.__new__(kind)
     nn.Module.__init__(new)
-    lost = {*vars(new), "weight", "_compiled_call_impl"}
+    lost = {*vars(new), "weight", "forward", "_compiled_call_impl"}
     vars(new).update({name: value for name, value in vars(module).items() if name not in lost})
     weight = weight.T if is_conv1d(module) else weight
     new.weight = nn.Parameter(weight.detach().to(current(module).dtype, copy=True).contiguous())
