@@ -141,7 +141,7 @@ class Adapter(nn.Module, metaclass=_FreezesLast):
     def _sample(self) -> Tensor:
         """Return a few entries of W, on the CPU."""
         W = current(self.base).detach()
-        return W[tuple(slice(None, None, max(1, size // 8)) for size in W.shape)].float().cpu()
+        return W[tuple(slice(None, None, max(1, size // 8)) for size in W.shape)].to("cpu", torch.float32, copy=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def gentle(t: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import nn
 from lowrank_ref.core import huggingface, idle
 from lowrank_ref.core.accounting import parameter_report
 from lowrank_ref.core.bases import AdaptedLinear, Adapter, WeightLayer, dense
-from lowrank_ref.core.matching import Pattern, capped, matcher, no_match, select
+from lowrank_ref.core.matching import Pattern, capped, is_output, matcher, no_match, select
 from lowrank_ref.core.weights import (
     PLAIN,
     carry_hooks,
@@ -96,8 +96,9 @@ def replace_modules(
     huggingface.refuse_wrapped(model)
     named = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if path]
     hits = select(model, {p: m for p, m in named if accepts(m) and not _inside_adapter(model, p)}, pattern)
-    first = {id(module): path for path, module in reversed(hits.items())}  # a layer at two places is built once
-    old = {id(module): module for module in hits.values()}
+    old = {id(module): module for module in hits.values()}  # a layer at two places is built once
+    first = {id(module): path for path, module in reversed(hits.items())}
+    first = {key: first[key] for key in old}
     flags = {p: p.requires_grad for p in model.parameters()}
     before = [layer for _, layer in adapters(model)]
     try:
@@ -124,8 +125,9 @@ def replace_modules(
             encoder.use_nested_tensor = False  # made for layers that multiply with `weight`
     huggingface.follow_ties(model)
     huggingface.guard_saving(model)
-    idle.watch((old[key], layer) for key, layer in new.items())
-    _report(model, list(first.values()), list(new.values()), {id(p) for p, trains in flags.items() if trains})
+    idle.watch([(old[key], layer) for key, layer in new.items()])
+    changed = {first[key]: (old[key], layer) for key, layer in new.items()}
+    _report(model, changed, {id(p) for p, trains in flags.items() if trains})
     return model
 
 
@@ -263,26 +265,31 @@ def _build(model: nn.Module, path: str, old: nn.Module, factory: Callable[[Any],
         raise TypeError(f"{path}: got {own}, which {kind} would not run; leave it out of the pattern")
     names = path.split(".")
     for i in range(len(names)):
-        parent = model.get_submodule(".".join(names[:i]))
-        inner = isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerEncoder)  # these look for hooks first
-        if not getattr(new, "is_product", True) and not inner and _multiplies(type(parent), ".".join(names[i:])):
-            got = f"{kind} in {type(parent).__name__}, which takes its `weight` and passes over what else it does"
+        owner: Any = type(model.get_submodule(".".join(names[:i])))
+        asks = issubclass(owner, nn.TransformerEncoderLayer | nn.TransformerEncoder)  # these look for hooks first
+        if not getattr(new, "is_product", True) and not asks and _multiplies(owner, ".".join(names[i:])):
+            got = f"{kind} in {owner.__name__}, which takes its `weight` and passes over what else it does"
             raise ValueError(f"{path}: got {got}; leave it out of the pattern, or take dropout = 0 if it has one")
     return new
 
 
 @functools.cache
-def _multiplies(kind: type[nn.Module], name: str) -> bool:
+def _multiplies(kind: Any, name: str) -> bool:
     """Tell by its source whether a class takes `self.<name>.weight` for more than its dtype, device or shape."""
     harmless = r"\.(?:dtype|device|shape|size|ndim|requires_grad)\b"
     taken = re.compile(rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b(?!{harmless}|\s*=[^=])")
     setup = ("__init__", "_init", "reset", "_reset", "tie", "_tie", "set_", "resize", "_resize")
+    wanted = {"weight", *name.split(".")}
     for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         for method, function in vars(owner).items():
+            function = inspect.unwrap(function) if callable(function) else function
+            code = getattr(function, "__code__", None)
+            if code is None or method.startswith(setup) or not wanted <= {*code.co_names}:  # most: no source is read
+                continue
             try:
-                if callable(function) and not method.startswith(setup) and taken.search(inspect.getsource(function)):
+                if taken.search(inspect.getsource(function)):
                     return True
-            except (OSError, TypeError):  # no source at hand
+            except OSError:  # no source at hand
                 continue
     return False
 
@@ -305,13 +312,23 @@ def _kept(model: nn.Module, trainable: Pattern | None, bases: set[int]) -> set[i
     return hits - bases
 
 
-def _report(model: nn.Module, paths: list[str], new: list[nn.Module], trained: set[int]) -> None:
-    """Log what was done, and warn of a head that trained before and does not now."""
+def _report(model: nn.Module, changed: dict[str, tuple[nn.Module, nn.Module]], trained: set[int]) -> None:
+    """Log what was done, and warn of heads: that trained before and do not now, or are adapted themselves.
+
+    Args:
+        changed: path -> (old layer, new layer).
+        trained: ids of the parameters that trained before.
+    """
+    new = [layer for _, layer in changed.values()]
     verb = "adapts" if any(isinstance(layer, Adapter) for layer in new) else "replaces"
     kinds, report = capped({type(layer).__name__ for layer in new}), parameter_report(model)
     numbers = f"trains {report.trainable:,} of {report.total:,} numbers"
-    log.info("%s %d layers (%s): %s; %s", verb, len(new), kinds, capped(paths), numbers)
+    log.info("%s %d layers (%s): %s; %s", verb, len(new), kinds, capped(changed), numbers)
     for path in huggingface.frozen_heads(model):
         if any(id(p) in trained for p in model.get_submodule(path).parameters()):
             hint = f'if it is new, let it train with trainable=["{path}"]'
             log.warning("replace_linears: froze the head %r with the rest of the model; %s", path, hint)
+    for path, (old, layer) in changed.items():
+        if isinstance(layer, Adapter) and not isinstance(old, Adapter) and is_output(model, path, layer):
+            hint = 'leave it out of the pattern ("all-linear" does), and name it in `trainable` if it is new'
+            log.warning("replace_linears: adapts the output layer %r as well; if that is not meant, %s", path, hint)

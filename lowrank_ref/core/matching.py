@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from lowrank_ref.core.weights import is_quantised
 
 #: What a user may write: a regular expression, names, or "all-linear".
-Pattern = str | Iterable[str]
+Pattern = str | Collection[str]
 #: Names under which models keep the layer that answers a task: new in a model that is about to be fine-tuned.
 HEADS = ("classifier", "score", "qa_outputs")
 
@@ -37,7 +37,7 @@ def matcher(argument: str, pattern: Pattern) -> Callable[[str], Any]:
         except re.error as error:
             hint = r"for a name at any depth write r'q_proj$' or the list ['q_proj']"
             raise ValueError(f"{argument}: got {pattern!r}, no regular expression ({error}); {hint}") from error
-    if not isinstance(pattern, list | tuple | set) or not all(isinstance(name, str) for name in pattern):
+    if not isinstance(pattern, Collection) or not all(isinstance(name, str) for name in pattern):
         raise TypeError(f"{argument}: got {pattern!r}, wanted a regular expression or a list of names")
     if not pattern:
         raise ValueError(f"{argument}: got an empty list, wanted at least one name")
@@ -52,7 +52,7 @@ def select(model: nn.Module, candidates: Mapping[str, nn.Module], pattern: Patte
         ValueError: none, or a name of the list means none, or no regular expression.
     """
     if pattern == "all-linear":
-        hits = {path: layer for path, layer in candidates.items() if not _is_output(model, path, layer)}
+        hits = {path: layer for path, layer in candidates.items() if not is_output(model, path, layer)}
     else:
         matches = matcher("pattern", pattern)
         hits = {path: layer for path, layer in candidates.items() if matches(path)}
@@ -94,7 +94,7 @@ def _others(model: nn.Module, pattern: Pattern) -> list[str]:
     return [kinds[path] for path in found if path not in inside] or [f"{kinds[path]} inside one" for path in inside]
 
 
-def _is_output(model: nn.Module, path: str, layer: nn.Module) -> bool:
+def is_output(model: nn.Module, path: str, layer: nn.Module) -> bool:
     """Tell the layers that give a model's answer, which PEFT leaves out of "all-linear" too."""
     outputs = [getattr(module, "get_output_embeddings", lambda: None)() for module in model.modules()]
     return path.rpartition(".")[2] in HEADS or any(layer is output for output in outputs)

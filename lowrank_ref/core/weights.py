@@ -47,13 +47,14 @@ def has_own_forward(module: nn.Module) -> bool:
     known = is_conv1d(module) or any(
         isinstance(module, kind) and type(module).forward is forward for kind, forward in _FORWARD.items()
     )
-    return not known or "forward" in vars(module)
+    forward = vars(module).get("forward")
+    return not known or (forward is not None and getattr(forward, "__func__", None) is not type(module).forward)
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether calling the layer runs somebody's hook, also one for all modules."""
     own = any(vars(module)[name] for name in _HOOKS)
-    return own or bool(nn.modules.module._has_any_global_hook())  # type: ignore[attr-defined]
+    return own or bool(nn.modules.module._has_any_global_hook())
 
 
 def weight_of(module: nn.Module) -> Float[Tensor, "m n"]:
@@ -123,21 +124,19 @@ def with_weight(module: nn.Module, weight: Float[Tensor, "..."]) -> nn.Module:
     hooks = [hook for name in _HOOKS for hook in vars(module)[name].values() if not _of_torch(hook)]
     if hooks:
         raise TypeError(f"base: got {len(hooks)} hooks, which a merge would lose, wanted none; remove them before it")
-    kind = type_before_parametrizations(module)
-    new: Any = kind.__new__(kind)
+    kind: Any = type_before_parametrizations(module)
+    new = kind.__new__(kind)
     nn.Module.__init__(new)
-    lost = {*vars(new), "weight", "_compiled_call_impl"}
+    lost = {*vars(new), "weight", "forward", "_compiled_call_impl"}
     vars(new).update({name: value for name, value in vars(module).items() if name not in lost})
-    for store in ("_buffers", "_modules", "_parameters"):  # what a subclass may have beside weight and bias
-        rest = {
-            k: v for k, v in vars(module)[store].items() if k.partition("_")[0] not in ("weight", "parametrizations")
-        }
-        vars(new)[store].update(copy.deepcopy(rest))
-    old = current(module)
     weight = weight.T if is_conv1d(module) else weight
-    new.weight = nn.Parameter(weight.detach().to(old.dtype, copy=True).contiguous())
+    new.weight = nn.Parameter(weight.detach().to(current(module).dtype, copy=True).contiguous())
+    for store in ("_parameters", "_buffers", "_modules"):  # the bias, and what a subclass may have
+        rest = vars(module)[store].items()
+        rest = {k: v for k, v in rest if k.partition("_")[0] not in ("weight", "parametrizations")}
+        vars(new)[store].update(copy.deepcopy(rest))
     if isinstance(bias := getattr(module, "bias", None), Tensor):
-        new.bias = nn.Parameter(bias.detach().clone())
+        new.bias = nn.Parameter(bias.detach().clone())  # also one that is computed
     return new.requires_grad_(False).train(module.training)
 
 

@@ -114,6 +114,7 @@ def test_dora_refuses_a_row_without_direction():
             layer.weight[1] = value
         with pytest.raises(ValueError, match=r"base\.weight: got zero or NaN rows \[1\]"):
             DoRALinear(layer, 1)
+        assert layer.weight.requires_grad
 
 
 # PiSSA.
@@ -191,3 +192,19 @@ def test_pissa_refuses_nan_weights():
         layer.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="W: got 1 NaN"):
         PiSSALinear(layer, 2)
+    assert layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("there", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_pissa_trains_every_component_also_where_the_weight_has_none(there, dtype):
+    layer = base(5, 4)
+    with torch.no_grad():
+        layer.weight.copy_(gaussian(5, there) @ gaussian(there, 4, seed=1))
+    layer = PiSSALinear(layer.to(dtype), 3)
+    x = gaussian(6, 4).to(dtype)
+    assert_close(layer(x), layer.base(x), 1e-12 if dtype == torch.float64 else 1e-5)
+    assert_close(layer.scale * layer.B @ layer.A, layer.base.weight, 1e-12 if dtype == torch.float64 else 1e-5)
+    layer(x).square().sum().backward()
+    size = layer.A.grad.norm(dim=1) + layer.B.grad.norm(dim=0)
+    assert (size > 1e-3 * size.max()).all()

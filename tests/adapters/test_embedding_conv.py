@@ -1,3 +1,4 @@
+import copy
 from functools import partial
 
 import pytest
@@ -184,6 +185,97 @@ def test_in_a_model_they_save_load_and_merge(tmp_path):
     assert [type(m) for m in old.modules()] == [type(m) for m in Picture().modules()]
 
 
+@each
+def test_a_forward_that_was_set_on_the_base_and_its_hooks_run_and_are_not_merged_away(name):
+    layer, x = make(name)
+    wanted = moved(layer)(x)
+    layer.base.forward = lambda x, forward=layer.base.forward: forward(x) - 1
+    assert_close(layer(x), wanted - 1)
+    with pytest.raises(TypeError, match="forward of its own"):
+        layer.merged()
+    del layer.base.forward
+    handle = layer.base.register_forward_hook(lambda module, inputs, y: y + 1)
+    assert_close(layer(x), wanted + 1)
+    with pytest.raises(TypeError, match="1 hooks"):
+        layer.merged()
+    handle.remove()
+    assert_close(layer.merged()(x), wanted)
+
+
+@each
+def test_an_update_that_is_not_finite_or_too_large_is_not_merged(name):
+    layer, _ = make(name, dtype=torch.float16)
+    with torch.no_grad():
+        layer.base.weight.fill_(6e4)
+        moved(layer).B.mul_(1e5)
+    with pytest.raises(ValueError, match="float16 can hold"):
+        layer.merged()
+    with torch.no_grad():
+        layer.B[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        layer.merged()
+
+
+@each
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_lies_between_the_factors_does_not_overflow_float16(name, autocast):
+    layer, x = make(name, dtype=torch.float16)
+    with torch.no_grad():
+        moved(layer).A.mul_(1e5)
+        layer.B.mul_(1e-5)
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        y = layer(x)
+    wanted = layer.merged()(x).float()
+    torch.testing.assert_close(y.float(), wanted, rtol=0.01, atol=0.01 * wanted.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+def test_a_weight_normed_convolution_is_merged_right_also_after_loading(norm):
+    old, new = (moved(LoRAConv2d(norm(nn.Conv2d(3, 4, 3)), 2, generator=seeded(s))) for s in (1, 2))
+    new.load_state_dict(old.state_dict())
+    x = CASES["convolution"][1].float()
+    assert_close(new.merged()(x), old(x), 1e-5)  # before a forward has refreshed the weight
+    assert_close(new(x), old(x), 1e-5)
+    assert type(old.merged()) is nn.Conv2d
+
+
+@each
+def test_a_cast_of_the_model_leaves_the_factors_in_float32(name):
+    layer, x = make(name, dtype=torch.float32)
+    before = copy.deepcopy(moved(layer).state_dict())
+    layer.bfloat16()
+    assert layer.base.weight.dtype == torch.bfloat16
+    assert torch.equal(layer.A, before["A"]) and torch.equal(layer.B, before["B"])
+    assert layer(x if name == "embedding" else x.bfloat16()).dtype == torch.bfloat16
+
+
+@each
+def test_weight_and_what_else_models_read(name):
+    layer, x = make(name)
+    assert torch.equal(moved(layer).weight, layer.merged().weight) and layer.weight.requires_grad
+    for attribute in type(layer.base).__constants__:
+        if hasattr(type(layer), attribute):
+            assert getattr(layer, attribute) == getattr(layer.base, attribute)
+    assert "rank 2" in repr(layer)
+    read = {"embedding": ("num_embeddings", "embedding_dim", "padding_idx"), "convolution": ("stride", "padding")}
+    assert all(hasattr(layer, attribute) for attribute in read[name])
+
+
+def test_a_sparse_embedding_is_adapted_and_merged_as_one():
+    layer = moved(LoRAEmbedding(nn.Embedding(7, 5, sparse=True), 2, generator=seeded()))
+    layer(CASES["embedding"][1]).sum().backward()
+    assert layer.A.grad.any() and not layer.A.grad.is_sparse
+    assert layer.merged().sparse and torch.equal(layer.merged().weight, layer.weight)
+
+
+class SamePadding(nn.Conv2d):
+    """As in timm: pads in its own forward, which the update would not."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
+
+
 class Scaled(nn.Embedding):
     """As in some transformers models: rows are multiplied on the way out, which a merge would not know."""
 
@@ -201,6 +293,7 @@ class Scaled(nn.Embedding):
         (lambda: LoRAEmbedding(nn.Embedding(3, 2), 1, alpha=0), ValueError, "alpha: got 0"),
         (lambda: LoRAConv2d(nn.Linear(3, 3), 1), TypeError, None),
         (lambda: LoRAConv2d(nn.Conv2d(4, 4, 1, groups=2), 1), TypeError, "groups=1"),
+        (lambda: LoRAConv2d(SamePadding(2, 5, 3), 1), TypeError, "base: got SamePadding.* no forward of its own"),
         (lambda: LoRAConv2d(nn.Conv2d(2, 5, 1), 3), ValueError, "rank: got 3"),
         (lambda: LoRAConv2d(nn.Conv2d(2, 5, 1), True), TypeError, None),
         (lambda: LoRAConv2d(nn.Conv2d(2, 5, 1), 1, alpha=float("inf")), ValueError, "alpha: got inf"),
