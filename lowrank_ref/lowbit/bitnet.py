@@ -32,7 +32,7 @@ def from_bitnet(layer: nn.Module) -> nn.Module:
 
     For a whole model, loaded by `from_pretrained` as ever:
 
-        replace_modules(model, "", from_bitnet, accepts=is_bitnet)
+        replace_modules(model, "", from_bitnet, accepts=is_bitnet, own_forward=True)
 
     Args:
         layer: `BitLinear` or `AutoBitLinear`; it stays as it is.

@@ -24,8 +24,8 @@ def _corrected(x: Tensor, packed: Tensor, beta: Tensor, B: Tensor, t: Tensor) ->
     from lowrank_ref.kernels.ternary import quantise, ternary_matmul
 
     codes, scale, x_sum = quantise(x.reshape(-1, x.shape[-1]))
-    factors = {"B": B, "t": t.reshape(len(codes), -1)}
-    y = ternary_matmul(codes, packed, beta.float(), scale=scale, x_sum=x_sum, **factors, dtype=x.dtype)
+    t = t.reshape(len(codes), -1)
+    y = ternary_matmul(codes, packed, beta.float(), scale=scale, x_sum=x_sum, B=B, t=t, dtype=x.dtype)
     return y.view(*x.shape[:-1], len(packed))
 
 

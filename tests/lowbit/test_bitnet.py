@@ -96,7 +96,7 @@ def test_a_whole_model_of_transformers():
     tokens = torch.arange(12).reshape(2, 6)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         wanted = model(tokens).logits
-        replace_modules(model, "", from_bitnet, accepts=is_bitnet)
+        replace_modules(model, "", from_bitnet, accepts=is_bitnet, own_forward=True)
         assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 7
         assert not any(is_bitnet(m) for m in model.modules())
         torch.testing.assert_close(model(tokens).logits, wanted, rtol=1e-4, atol=1e-5)
