@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lowrank_ref.adapters.lora import LoRALinear, delta_weight, lora_update
 from lowrank_ref.core.layers import AdaptedLinear, weight_of
 from lowrank_ref.core.linalg import svd
-from lowrank_ref.core.products import dora_linear, is_plain, row_norms
+from lowrank_ref.core.products import dora_linear, row_norms
 
 
 def dora_weight(
@@ -40,20 +40,27 @@ def dora_weight(
 def pissa_factors(
     W: Float[Tensor, "m n"], rank: int, scale: float
 ) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]:
-    """Return A = √(S/s)·Vᵀ and B = U·√(S/s) from the top r singular triples: s·BA is W's best rank-r part."""
+    """Return A = √(S/s)·Vᵀ and B = U·√(S/s) from the top r singular triples: s·BA is W's best rank-r part.
+
+    Where a singular value is zero up to rounding, A's row is the singular vector and B's column zero, as LoRA starts:
+    with zeros in both, neither would ever get a gradient.
+    """
     U, S, Vh = svd(W, rank)
-    root = (S / scale).sqrt()
-    return root[:, None] * Vh, U * root
+    there = S.gt(max(W.shape) * torch.finfo(S.dtype).eps * S[0])
+    root = torch.where(there, S / scale, 0).sqrt()
+    return torch.where(there, root, 1)[:, None] * Vh, U * root
 
 
 class DoRALinear(LoRALinear):
     """LoRA on the direction of each row of W, and a trained magnitude for its length (arXiv 2402.09353).
 
-    Same arguments as `LoRALinear`; m more trained numbers. A weight with a zero row, which has no direction, raises a
-    ValueError. A step costs what a trained layer costs: its backward needs the gradient of the whole weight.
+    Same arguments as `LoRALinear`; m more trained numbers. A step costs what a trained layer costs: its backward needs
+    the gradient of the whole weight. A weight with a zero row, which has no direction, raises a ValueError, and so does
+    a first forward on another weight than the layer was built on.
     """
 
     adapter_names = ("A", "B", "magnitude")
+    starts_from_weight = True
 
     def __init__(self, base: nn.Module, rank: int = 8, **options: Any) -> None:
         super().__init__(base, rank, **options)
@@ -77,7 +84,7 @@ class DoRALinear(LoRALinear):
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return base(x) + x ΔWᵀ, shape (..., m): by `dora_linear` where base and update read the same x."""
-        if (self.training and self.dropout.p) or not is_plain(self.base, x):
+        if not self.as_one(x):
             return AdaptedLinear.forward(self, x)
         bias = cast(Any, self.base.bias)
         return dora_linear(x, weight_of(self.base), bias, self.A, self.B, self.magnitude, self.scale)
@@ -88,6 +95,8 @@ class PiSSALinear(LoRALinear):
 
     Same arguments as `LoRALinear`; no randomness. Exported, it is an ordinary LoRA of rank 2r.
     """
+
+    starts_from_weight = True
 
     def __init__(self, base: nn.Module, rank: int = 8, **options: Any) -> None:
         super().__init__(base, rank, **options)

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from lowrank_ref.core.checks import check_number, check_rank
 from lowrank_ref.core.layers import AdaptedLinear, adapters, weight_of
-from lowrank_ref.core.products import is_plain, lora_linear
+from lowrank_ref.core.products import lora_linear
 from lowrank_ref.core.registry import PaperInfo
 
 
@@ -160,7 +160,7 @@ class LoRALinear(AdaptedLinear):
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return base(x) + x ΔWᵀ, shape (..., m): by `lora_linear` where base and update read the same x."""
-        if (self.training and self.dropout.p) or not is_plain(self.base, x):
+        if not self.as_one(x):
             return super().forward(x)
         return lora_linear(x, weight_of(self.base), cast(Any, self.base.bias), *self.step_factors())
 

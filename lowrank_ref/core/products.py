@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lowrank_ref.core.layers import is_conv1d
+from lowrank_ref.core.weights import has_hooks, has_own_forward
 
 #: How many entries of a weight `row_norms` looks at together: 32 MiB in float32.
 BLOCK = 2**23
@@ -32,17 +32,21 @@ BLOCK = 2**23
 
 def computing_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a linear layer multiplies x: that of autocast where it is on, else that of x."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def is_plain(base: nn.Module, x: Tensor) -> bool:
-    """Tell whether base(x) is x Wᵀ + b and nothing else: no subclass of `nn.Linear`, no hooks, dtypes that fit."""
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    if hooked or not (type(base) is nn.Linear or is_conv1d(base)):
+    """Tell whether base(x) is x Wᵀ + b and nothing else, in a dtype in which the products here are safe.
+
+    That is: no `forward` of its own, on class or layer, no hooks, an ordinary weight where x is, dtypes that fit, and
+    not float16, in which s·xAᵀ overflows although the result would not.
+    """
+    W, dtype = base._parameters.get("weight"), computing_dtype(x)
+    if W is None or has_own_forward(base) or has_hooks(base) or type(W) not in (nn.Parameter, Tensor):
         return False
-    return x.dtype == cast(Tensor, base.weight).dtype or computing_dtype(x) != x.dtype
+    return W.device == x.device and (x.dtype == W.dtype or dtype != x.dtype) and dtype != torch.float16
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -110,7 +114,9 @@ def row_norms(
 
 def _scaled(W: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
     """Return gain ⊙ W, multiplied in the wider dtype and rounded once, without a matrix of the wider dtype."""
-    return torch.mul(W, gain[:, None], out=torch.empty_like(W, dtype=dtype))
+    if torch.compiler.is_compiling():  # which fuses the two, and takes no `out` of what trains
+        return (W * gain[..., None]).to(dtype)
+    return torch.mul(W, gain[..., None], out=W.new_empty(W.shape, dtype=dtype))
 
 
 class _DoRALinear(torch.autograd.Function):
@@ -180,8 +186,7 @@ class _RandLoRALinear(torch.autograd.Function):
     ) -> Tensor:
         dtype, wide = A.dtype, len(W) < W.shape[1]
         rows = _rows(x, dtype)
-        M = torch.mul(lam[:, :, None], A, out=torch.empty(*lam.shape, A.shape[1], dtype=dtype, device=A.device))
-        M = M.mul_(gamma[:, None]).flatten(0, 1)
+        M = _scaled(A.expand(len(lam), *A.shape), lam, dtype).mul_(gamma[:, None]).flatten(0, 1)
         left, right = (M.T, C) if wide else (C.T, M)
         if not fused:
             V = left @ right

@@ -268,8 +268,8 @@ class Comparison:
         mean, sd = _mean_sd(list(differences))
         low = high = mean
         if sd > 0:
-            test = need("scipy.stats", "scipy").ttest_1samp(differences, 0.0)
-            low, high = map(float, test.confidence_interval(0.95))
+            student = need("scipy.stats", "scipy").t
+            low, high = map(float, student.interval(0.95, len(seeds) - 1, loc=mean, scale=sd / math.sqrt(len(seeds))))
         return Paired(a, b, metric, seeds, differences, mean, low, high)
 
     def facts(self, method: str) -> dict[str, str]:
@@ -288,8 +288,9 @@ class Comparison:
         return self.arms[method]
 
     def _count(self, method: str, lr: float, name: str) -> str:
-        found = {row.get(name) for row in self.rows if row["method"] == method and row["lr"] == lr} - {None}
-        return " or ".join(f"{int(count):,}" for count in sorted(found)) or "-"
+        rows = [row for row in self.rows if row["method"] == method and row["lr"] == lr]
+        found = {int(row[name]) for row in rows if name in row}
+        return " or ".join(f"{count:,}" for count in sorted(found)) or "-"
 
     def differing(self, a: str, b: str) -> dict[str, tuple[str, str]]:
         """Return fact -> what it is for a and for b, for all facts in which the two arms differ."""

@@ -26,7 +26,7 @@ MIB = 2**20
 
 
 def arguments(description: str, parts: tuple[str, ...], flags: dict[str, str] | None = None) -> argparse.Namespace:
-    """Read `--out FILE.json`, `--part NAME` (default all), `--only`, `--seconds`, `--tiny` (measures nothing), `--device`.
+    """Read `--out FILE.json`, `--part NAME` (default all), `--only`, `--seconds`, `--tiny` (no result) and `--device`.
 
     `flags` are the script's own switches, name -> help.
     """
@@ -52,13 +52,15 @@ def _version(package: str) -> str:
 
 
 def commit() -> str:
-    """Return the commit of this tree, with "+" where files differ from it; LOWRANK_COMMIT tells it without git."""
+    """Return LOWRANK_COMMIT, for a copy of the tree without its history, or the commit, with "+" where files differ."""
+    if told := os.environ.get("LOWRANK_COMMIT"):
+        return told
     try:
         git = ["git", "-C", str(ROOT)]
         head = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True, stderr=subprocess.DEVNULL)
         changed = subprocess.check_output([*git, "status", "--porcelain", "lowrank_ref", "tests"], text=True)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("LOWRANK_COMMIT", "unknown")
+        return "unknown"
     return head.strip() + ("+" if changed else "")
 
 
@@ -109,8 +111,9 @@ class Runs:
         runs = Runs(args.out, "pretraining", setting="...", seconds=args.seconds)
         row = runs.row({"method": "LoRA", "lr": 1e-3, "seed": 0}, lambda: {"loss": train(...)})
 
-    A row whose key is in the file is not measured again. Several processes may fill one file, with different keys. Each row tells in "run" which entry of the part's "runs" it
-    belongs to: the provenance of that day. `Runs` of another setting refuse the file's rows.
+    A row whose key is in the file is not measured again. Several processes may fill one file, with different keys.
+    Each row tells in "run" which entry of the part's "runs" it belongs to: the provenance of that day. `Runs` of
+    another setting refuse the file's rows.
 
     Args:
         path: the results file.

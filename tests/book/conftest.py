@@ -72,7 +72,7 @@ def browser():
 def _watched(context):
     """A page that keeps in `complaints` what goes wrong on it."""
     page = context.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(120_000)  # what takes so long hangs; a busy machine must not fail a test
     page.complaints = []
     page.on("console", lambda message: _note_console(page, message))
     page.on("pageerror", lambda error: page.complaints.append(str(error)))

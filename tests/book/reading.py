@@ -43,6 +43,10 @@ def text(name):
     return (HTML / name).read_text(encoding="utf-8")
 
 
+#: Chapters with equations beside their code.
+PAIRED = [name for name in CHAPTERS if 'class="lr-beside"' in text(name)]
+
+
 @functools.cache  # parsing takes longer than all that is asked of a page
 def soup(name):
     """The page's elements, which all tests share: look, do not change."""

