@@ -32,7 +32,7 @@ from lowrank_ref.lab.train import linear_decay, train
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SEEDS = (0, 1, 2, 3, 4)
 FACTORS = (1.0, 0.5, 2.0, 0.25, 4.0)
-LOWER = (1.0, 0.5, 2.0, 0.25, 0.125)  # what is to be cut likes lower rates
+LOWER = (1.0, 0.5, 0.25, 0.125, 0.0625)  # what is to be cut likes lower rates
 IMAGES = 12_800  # 200 steps of 64
 
 
