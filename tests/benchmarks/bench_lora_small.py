@@ -32,6 +32,7 @@ from lowrank_ref.lab.train import linear_decay, train
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SEEDS = (0, 1, 2, 3, 4)
 FACTORS = (1.0, 0.5, 2.0, 0.25, 4.0)
+LOWER = (1.0, 0.5, 0.25, 0.125, 0.0625)  # what is to be cut likes lower rates
 IMAGES = 12_800  # 200 steps of 64
 
 
@@ -50,6 +51,7 @@ LAYERS = {"DoRA": DoRALinear, "DoRA, norm in the gradient": FlowingDoRA, "PiSSA"
 DIGITS = {
     "full": 0.006,
     "full, no biases": 0.006,
+    "full, to be cut": 0.006,
     "head": 0.1,
     "biases": 0.1,
     **{f"LoRA r={r}": 0.03 for r in RANKS},
@@ -76,7 +78,7 @@ def adapt(model: nn.Module, name: str, generator: torch.Generator) -> list[dict[
     """Adapt the network in place as the arm's name says; return optimizer groups whose "lr" is a factor."""
     kind, _, rank = name.partition(" r=")
     kind, _, alpha = kind.partition(", α=")
-    wanted = {"full": ".", "full, no biases": "weight", "head": r"layers\.2", "biases": "bias"}.get(kind)
+    wanted = {"full": ".", "head": r"layers\.2", "biases": "bias"}.get(kind, "weight" if "full" in kind else "")
     if wanted:
         for path, p in model.named_parameters():
             p.requires_grad_(re.search(wanted, path) is not None)
@@ -147,7 +149,7 @@ def turned(name: str, lr: float, seed: int, *, batch: int = 64, images: int = IM
             "rank": int((middle > 1e-4 * middle[0]).sum()),
             **{f"energy {r}": share(middle, r) for r in (4, 16)},
         }
-        cuts = cut_losses(model, data) if name.startswith("full") else {}
+        cuts = cut_losses(model, data) if name == "full, to be cut" else {}
     return {k: round(v, 5) for k, v in {**found, **cuts}.items()}
 
 
@@ -166,7 +168,8 @@ def main() -> None:
         both = pair("digits", f"{network}, {images // 64} steps of 64 images")
         for name, start in DIGITS.items():
             if re.search(args.only, name):
-                tuned(*both, name, start, partial(turned, name, images=images), seeds=SEEDS, factors=FACTORS)
+                factors = LOWER if name == "full, to be cut" else FACTORS
+                tuned(*both, name, start, partial(turned, name, images=images), seeds=SEEDS, factors=factors)
     if "batch" in args.part:
         both = pair("batch", f"{network}, {images:,} images in batches of three sizes")
         for name, start in BATCH_ARMS.items():
