@@ -22,6 +22,7 @@ from links import install_cell
 
 def with_install_cell(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Make the install cell the first code cell, right under the title."""
+    notebook.cells = [cell for cell in notebook.cells if cell.source.strip()]
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if code and 'find_spec("lowrank_ref")' in code[0].source:
         cell = code[0]

@@ -19,7 +19,7 @@ HUES = {
 }  # fmt: skip
 GRAY = "#66707c"  # of baselines and of what is no method
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2")  # lengths of strokes and gaps, as in SVG
-MARKERS = "os^Dv<>pX*"  # matplotlib's letters
+MARKERS = "os^Dv<>pX*P"  # matplotlib's letters
 
 # Name -> hue, preferred dash (its place in DASHES), marker. A planned paper stands under its key, without "_".
 METHODS: dict[str, tuple[str, int, str]] = {
@@ -40,6 +40,8 @@ METHODS: dict[str, tuple[str, int, str]] = {
     "galore": ("vermillion", 0, "s"), "fira": ("green", 1, "o"), "dctadamw": ("violet", 2, "D"),
     "efficientpretraining": ("orange", 3, "v"), "sltrain": ("purple", 0, "^"), "lost": ("sky", 1, "<"),
     "sst": ("crimson", 3, ">"), "lowrank": ("orange", 1, "s"), "relora": ("blue", 2, "p"),
+    "wba": ("orange", 1, "s"), "tworateadam": ("gray", 1, "P"), "randombasis": ("crimson", 1, "X"),
+    "fixedbasis": ("crimson", 2, "s"), "sparseonly": ("green", 2, "D"),
     # trained networks made low-rank
     "maestro": ("vermillion", 0, "D"), "trp": ("green", 1, "s"), "welore": ("violet", 2, "s"),
     "pela": ("orange", 3, "s"), "svd": ("sky", 1, "o"), "factors": ("orange", 2, "o"), "ordered": ("purple", 3, "^"),

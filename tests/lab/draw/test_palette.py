@@ -78,12 +78,14 @@ def test_details_do_not_change_a_colour():
         assert method(name) == "lora"
     assert method("LoRA+ r=8") == "lora+" and method("LoRA-XS r=8") == "loraxs"
     assert method("full fine-tuning") == "full" and method("low-rank r=3") == "lowrank"
+    assert method("W = B·A") == method("W = BA") == "wba"
+    assert method("two-rate Adam") == "tworateadam" and method("Adam, two rates") == "adam"
     assert method("floor") is None and method("LoRAx") is None and method("") is None
 
 
 def test_each_look_is_given_once():
     """Names of one thing share a look; no two things have one."""
-    same = [("mps", "artificialentanglement"), ("bitlinear", "ternary")]
+    same = [("mps", "artificialentanglement"), ("bitlinear", "ternary"), ("lowrank", "wba")]
     for one, other in same:
         assert METHODS[one] == METHODS[other]
     left = {key: look for key, look in METHODS.items() if key not in [other for _, other in same]}
