@@ -40,12 +40,12 @@ FUNCTIONS = {f.__name__: f for f in (abs, all, any, len, max, min, sorted, sum)}
 MARK = "\u2060"
 
 
-def checked(name: str, value: float, low: float, high: float, *, digits: int = 2) -> None:
+def checked(name: str, value: Any, low: float, high: float, *, digits: int = 2) -> None:
     """Print a number with the range in which the check holds, as "energy: 0.78 (checked: 0.70 to 0.85)".
 
     Args:
         name: what the number is, with its unit.
-        value: the number.
+        value: the number, or a tensor of one.
         low, high: ends of the range, both allowed.
         digits: significant digits of the ends where they are small or large, else digits after the point.
 
@@ -59,7 +59,8 @@ def checked(name: str, value: float, low: float, high: float, *, digits: int = 2
     """
     if not low <= high:
         raise ValueError(f"low, high: got {low}, {high}, wanted low <= high")
-    shown, *ends = (_plain(number, digits) for number in (float(value), low, high))
+    value = float(value.detach() if hasattr(value, "detach") else value)
+    shown, *ends = (_plain(number, digits) for number in (value, low, high))
     text = f"{name}: {shown} (checked: {' to '.join(ends)})"
     if not low <= value <= high:
         raise AssertionError(f"outside its range: {text}")

@@ -62,7 +62,6 @@ WITHOUT_COMMIT = {
     "layers, bfloat16",
     "layers, float32",
     "lora_minilm, minilm",
-    "maestro_scale, nested",
     "optimizers, bases",
     "optimizers, ceilings",
     "optimizers, steps",
