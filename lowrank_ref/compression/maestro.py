@@ -20,11 +20,9 @@ What was dropped cannot come back; there, a mask may grow again. Dropped rows st
 keeps at least one component. Roots carry +1e-12, since the gradient of √0 is not a number. Left out: the distillation
 pass (off in the official scripts) and plain, not hierarchical norms.
 
-Cost per layer: r(m+n) trained numbers, at full rank up to twice the mn of the dense layer; cut at b, b(m+n) numbers
-and 2b(m+n) FLOPs a token or place. `deployed` builds the small layers, or the dense one where b(m+n) > mn. Convolutions
-and surgery on models are in `maestro_layers.py`, sampling and shrinking in `maestro_training.py`. Works under DDP if
-every process seeds its sampler alike, and under torch.compile with one graph per width, which suits deployment and not
-the sampler. Not tested under FSDP2.
+Cost per layer: r(m+n) trained numbers, up to twice the dense layer's mn; cut at b, b(m+n) numbers and 2b(m+n) FLOPs a
+token. `deployed` builds small layers, or dense ones where b(m+n) > mn. Convolutions and surgery: `maestro_layers.py`;
+samplers and shrinking: `maestro_training.py`. Works under DDP if all processes seed their sampler alike.
 """
 
 from collections.abc import Sequence

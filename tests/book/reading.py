@@ -29,7 +29,7 @@ PAGES = [name for name in PAGES if name != "index.html"]  # it only leads on to 
 CHAPTERS = [name for name in PAGES if (ROOT / "book" / name).with_suffix(".ipynb").exists()]
 
 #: Chapters whose rewriting is under way: they still have the old order. None is added.
-OLD_ORDER = ("compression/maestro",)
+OLD_ORDER: tuple[str, ...] = ()
 
 needs_pages = pytest.mark.skipif(not PAGES, reason="no pages: run `python book/tools/build.py` first")
 each_page = pytest.mark.parametrize("name", PAGES)
