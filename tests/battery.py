@@ -1,18 +1,31 @@
 """The cases of the battery, and what they are run on: every adapter and optimizer that a paper's card names.
 
-A new paper adds its parameter count to `COUNTS`, nothing else. `test_battery.py` holds the tests.
+A new paper adds the parameter count of its adapter to `COUNTS`, or its layer to `WEIGHT_LAYERS`, and what acts in its
+training to `ACTIONS`, nothing else. `test_battery.py` holds the tests.
 """
 
+import copy
+import importlib
 import io
+import pkgutil
+from functools import partial
 
 import torch
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+import lowrank_ref
 from lowrank_ref.adapters import DoRALinear, PiSSALinear
+from lowrank_ref.compression import JointRankSampler, MaestroLinear, RankSampler, RankShrinker, decompose
+from lowrank_ref.core.actions import Action
 from lowrank_ref.core.layers import replace_linears
 from lowrank_ref.core.registry import papers
+from lowrank_ref.lowbit import BitLinear, GateSchedule, HGFLinear
+from lowrank_ref.lowbit.ternary import PackedLinear
+from lowrank_ref.pretraining import SLTrainLinear
+from lowrank_ref.ranks import ProximalGates, SoRALinear, SparsifyingSchedule, gate_groups
+from lowrank_ref.robustness import GradientProjection
 
 #: The base layer of all cases: m outputs, n inputs.
 M, N = 10, 12
@@ -34,6 +47,14 @@ COUNTS = {
 STARTS_ELSEWHERE: dict[str, str] = {}
 #: Adapters without randomness: the generator changes nothing.
 NOT_RANDOM = {"PiSSALinear"}
+#: Name -> layer(base, generator=...) of those that are the weight themselves.
+WEIGHT_LAYERS = {
+    "SLTrainLinear": partial(SLTrainLinear.from_linear, rank=4, density=0.2),
+    "MaestroLinear": lambda base, generator=None: MaestroLinear.from_linear(base),
+    "BitLinear": lambda base, generator=None: BitLinear(base),
+    "HGFLinear": partial(HGFLinear, rank=3),
+    "PackedLinear": lambda base, generator=None: PackedLinear(BitLinear(base)),
+}
 #: Name -> optimizer(parameter groups).
 OPTIMIZERS = {name: make for info in papers().values() for name, make in info.optimizers.items()}
 
@@ -92,6 +113,62 @@ def optimizer(name, model):
     return OPTIMIZERS[name]([{"params": matrices, "rank": 2, "gap": 2}, {"params": rest}])
 
 
+class Twins(nn.Module):
+    """A model and its copy, trained by one optimizer on different losses."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.twin = model, copy.deepcopy(model)
+
+    def forward(self, x):
+        return self.model(x) + 0.3 * self.twin(x.flip(0))
+
+
+def _sora():
+    model = replace_linears(network(), "", partial(SoRALinear, rank=4, generator=seeded()))
+    steps = torch.optim.Adam(gate_groups(model), lr=0.2)
+    return model, steps, [ProximalGates(model, steps, penalty=0.5)]
+
+
+def _schedule():
+    model, steps, [proximal] = _sora()
+    return model, steps, [proximal, SparsifyingSchedule(proximal, [0.1, 0.5, 0.9], first=2, later=2)]
+
+
+def _momentum(model, make):
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), [make(model)]
+
+
+#: Name of an action -> its case: a model, its optimizer, and the actions in the order in which they attach.
+ACTIONS = {
+    "ProximalGates": _sora,
+    "SparsifyingSchedule": _schedule,
+    "RankSampler": lambda: _momentum(decompose(network()), partial(RankSampler, generator=seeded())),
+    "JointRankSampler": lambda: _momentum(decompose(network()), partial(JointRankSampler, generator=seeded())),
+    "RankShrinker": lambda: _momentum(decompose(network()), partial(RankShrinker, threshold=0.5, every=3)),
+    "GateSchedule": lambda: _momentum(
+        replace_linears(network(), "0", partial(HGFLinear, rank=3, generator=seeded()), trainable="2"),
+        partial(GateSchedule, warmup=2, freeze=5),
+    ),
+    "GradientProjection": lambda: _momentum(
+        Twins(network()), lambda both: GradientProjection(both.model, both.twin, every=2)
+    ),
+}
+
+
+def action_names():
+    """Names of all actions that the package defines."""
+    for module in pkgutil.walk_packages(lowrank_ref.__path__, "lowrank_ref."):
+        if not module.name.startswith(("lowrank_ref.kernels", "lowrank_ref.lab")):
+            importlib.import_module(module.name)
+    found, todo = set(), [Action]
+    while todo:
+        todo += todo[0].__subclasses__()
+        kind = todo.pop(0)
+        found |= {kind.__name__} if kind.__module__.startswith("lowrank_ref.") and kind is not Action else set()
+    return found
+
+
 def batch(step, dtype=None, rows=8):
     return torch.randn(rows, N, generator=seeded(100 + step), dtype=torch.float64).to(DEVICE, dtype or DTYPE)
 
@@ -110,22 +187,25 @@ def train(model, optimizer, steps, rows=slice(None), dtype=None):
         optimizer.step()
 
 
-def subject(name):
+def subject(name, seed=0):
     """Model and optimizer of one distributed case: an adapter with Adam, or a network with the named optimizer."""
     if name in LAYERS:
-        model = replace_linears(nn.Sequential(linear()), "0", lambda base: adapter(name, base=base))
+        model = replace_linears(nn.Sequential(linear()), "0", lambda base: adapter(name, base=base, seed=seed))
         return model, torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
     model = network()
     return model, optimizer(name, model)
 
 
 def distributed(rank, world, folder):
-    """One process of a DDP run over all cases: its share of the rows of each batch. Rank 0 saves what came out."""
+    """One process of a DDP run over all cases: its share of the rows of each batch. Rank 0 saves what came out.
+
+    Every process draws from another seed: all go on from what the first one drew.
+    """
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     results = {}
     for name in (*LAYERS, *OPTIMIZERS):
-        model, steps = subject(name)
+        model, steps = subject(name, seed=rank)
         train(nn.parallel.DistributedDataParallel(model), steps, range(3), rows=slice(rank, None, world))
         results[name] = model.state_dict()
     if rank == 0:

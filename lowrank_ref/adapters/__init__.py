@@ -1,8 +1,21 @@
-"""How to write the update: adapters of a frozen layer."""
+"""How to write the update: adapters of a frozen layer.
 
+Papers:
+
+    lora            W stays, a low-rank correction s·B·A is trained beside it
+    randlora        a full-rank update out of frozen random bases and trained diagonals
+
+Companions:
+
+    dora_pissa      two relatives of LoRA that chapters use as baselines
+    embedding_conv  LoRA on embeddings and convolutions
+    peft_format     exchange with huggingface/peft's folders
+    randlora_bases  RandLoRA's frozen random matrices
+"""
+
+from lowrank_ref.adapters.dora_pissa import DoRALinear, PiSSALinear
+from lowrank_ref.adapters.embedding_conv import LoRAConv2d, LoRAEmbedding
 from lowrank_ref.adapters.lora import LoRALinear, lora_plus_groups, lora_scaling, rslora_scaling
-from lowrank_ref.adapters.lora_layers import LoRAConv2d, LoRAEmbedding
-from lowrank_ref.adapters.lora_relatives import DoRALinear, PiSSALinear
 from lowrank_ref.adapters.peft_format import load_peft, save_peft
 from lowrank_ref.adapters.randlora import RandLoRALinear
 

@@ -17,7 +17,7 @@ inside `eval()` and subtracts inside `train()`, which lets the frozen weight dri
 the base is never written.
 
 Cost per layer: r(m+n) trained numbers, Adam state 2r(m+n) instead of 2mn, 2r(m+n) extra FLOPs a token until merged,
-then none. Embeddings and convolutions are in `lora_layers.py`, the relatives DoRA and PiSSA in `lora_relatives.py`.
+then none. Embeddings and convolutions are in `embedding_conv.py`, the relatives DoRA and PiSSA in `dora_pissa.py`.
 """
 
 import math
@@ -29,9 +29,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_ref.adapters.products import is_plain, lora_linear
 from lowrank_ref.core.checks import check_number, check_rank
 from lowrank_ref.core.layers import AdaptedLinear, adapters, weight_of
+from lowrank_ref.core.products import lora_linear
 from lowrank_ref.core.registry import PaperInfo
 
 
@@ -160,7 +160,7 @@ class LoRALinear(AdaptedLinear):
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return base(x) + x ΔWᵀ, shape (..., m): by `lora_linear` where base and update read the same x."""
-        if (self.training and self.dropout.p) or not is_plain(self.base, x):
+        if not self.as_one(x):
             return super().forward(x)
         return lora_linear(x, weight_of(self.base), cast(Any, self.base.bias), *self.step_factors())
 

@@ -5,7 +5,7 @@ Albert et al., "RandLoRA: Full-rank parameter-efficient fine-tuning of large mod
 | in the paper                                     | here                                                      |
 |--------------------------------------------------|-----------------------------------------------------------|
 | ΔW = Σⱼ BⱼΛⱼAΓⱼ, j = 1..n, n = ⌈d/r⌉             | `delta_weight`, `block_count`                             |
-| ΛⱼAΓⱼ of all j without storing them for backward | `mixed_rows`                                              |
+| ΛⱼAΓⱼ of all j without storing them for backward | `randlora_bases`: `mixed_rows`                            |
 | ΔW x, never forming ΔW                           | `randlora_update`                                         |
 | (W + ΔW) x, with one product or two              | `fused_linear`, `products.randlora_linear`                |
 | Λ = 0, Γ = 1/d                                   | `init_diagonals`                                          |
@@ -18,8 +18,9 @@ number of blocks is `blocks`, since n is taken; Λ is `lam` (blocks, r), Γ is `
 
 Bases and checkpoints. The bases are a function of the generator's *seed*, not of its state: all layers made with one
 generator share them. A layer's `recipe` buffer holds the seed and one column of A as a check; with Λ and Γ it is all a
-`state_dict` holds. Loading draws the bases of the stored seed again, and refuses if they came out different. Under DDP,
-start every process with the same seed. Bases are no buffers: nothing broadcasts, shards or stores them.
+`state_dict` holds. Loading draws the bases of the stored seed again, and refuses if they came out different. Under DDP
+all take the recipe of the first process; under FSDP, or where DDP is compiled, start every process with the same seed.
+Bases are no buffers: nothing broadcasts, shards or stores them.
 
 Deviations. The scale s is an argument (papers and codes use four conventions). Bases are divided by their
 distribution's standard deviation (the code: by the sample's). Columns of a ternary A that are all zero are drawn again:
@@ -35,13 +36,12 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lowrank_ref.adapters.products import computing_dtype, is_plain, randlora_linear, through_delta
-from lowrank_ref.adapters.randlora_bases import RandomBases, seed_of, shared_bases, stacked
+from lowrank_ref.adapters.randlora_bases import RandomBases, checked, mixed_rows, seed_of, shared_bases, stacked, writes
 from lowrank_ref.core.checks import check_number, check_rank
 from lowrank_ref.core.layers import AdaptedLinear, weight_of
+from lowrank_ref.core.products import computing_dtype, randlora_linear, through_delta
 from lowrank_ref.core.registry import PaperInfo
 
 
@@ -60,29 +60,6 @@ def init_diagonals(W: Float[Tensor, "m n"], rank: int) -> tuple[Float[Tensor, "b
     d, dtype = min(W.shape), torch.promote_types(W.dtype, torch.float32)
     gamma = torch.full((block_count(d, rank), d), 1 / d, dtype=dtype, device=W.device)
     return gamma.new_zeros(len(gamma), rank), gamma
-
-
-class _MixedRows(torch.autograd.Function):
-    """ΛⱼAΓⱼ with a backward that keeps A, Λ and Γ only: not one (r, d) product per block."""
-
-    @staticmethod
-    def forward(ctx: Any, A: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
-        ctx.save_for_backward(A, lam, gamma)
-        return lam[:, :, None] * A * gamma[:, None, :]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, G: Tensor) -> tuple[None, Tensor, Tensor]:
-        A, lam, gamma = ctx.saved_tensors
-        GA = G * A
-        return None, torch.einsum("jki,ji->jk", GA, gamma), torch.einsum("jki,jk->ji", GA, lam)
-
-
-def mixed_rows(
-    A: Float[Tensor, "r d"], lam: Float[Tensor, "blocks r"], gamma: Float[Tensor, "blocks d"]
-) -> Float[Tensor, "rows d"]:
-    """Return ΛⱼAΓⱼ of all blocks, one below the other, (blocks·r, d). A gets no gradient."""
-    return _MixedRows.apply(A, lam, gamma).flatten(0, 1)
 
 
 def delta_weight(
@@ -148,6 +125,7 @@ class RandLoRALinear(AdaptedLinear):
     """
 
     adapter_names: tuple[str, ...] = ("lam", "gamma")
+    no_decay = ("gamma",)  # the gradient of Λ is proportional to Γ: at 0 nothing trains
     bases: RandomBases
     recipe: Tensor
 
@@ -175,18 +153,30 @@ class RandLoRALinear(AdaptedLinear):
         self.lam, self.gamma = map(nn.Parameter, init_diagonals(W.detach(), rank))
         self.bases = self._bases(seed_of(generator))
         self.register_buffer("recipe", self.bases.recipe.to(W.device, copy=True))
+        self._read: int | None = 0  # how often the recipe was written when it was last read; None: for the last time
 
     def _bases(self, seed: int) -> RandomBases:
         """Return the bases of this seed, large enough, on the device and in the dtype of Λ."""
         bases = shared_bases(seed, self.rank, self.distribution, self.sparsity, self.lam.device, self.lam.dtype)
         bases.grow(*self._size())
+        self._place = self.lam.device
         return bases
 
     def _size(self) -> tuple[int, int, int]:
         return len(self.lam), max(self.out_features, self.in_features), self.gamma.shape[1]
 
+    def _follow(self) -> None:
+        """Have the bases of the recipe, where Λ is. DDP writes the first process's recipe into that of all others."""
+        if not (torch.compiler.is_compiling() or self.lam.is_meta):
+            if self._read not in (None, writes(self.recipe)):
+                self._read = None if torch.distributed.is_initialized() else writes(self.recipe)  # once: it goes on so
+                self.bases = checked(self._bases(int(self.recipe[0])), self.recipe)
+            if self._place != self.lam.device:  # `load_state_dict(assign=True)` has put Λ elsewhere
+                self.bases = self._bases(self.bases.seed)
+
     def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return (A, B, lam, gamma), the arguments of `delta_weight` and `to_peft`."""
+        self._follow()
         return *self.bases.slices(*self._size()), self.lam, self.gamma
 
     def delta_weight(self) -> Float[Tensor, "m n"]:
@@ -202,8 +192,9 @@ class RandLoRALinear(AdaptedLinear):
         """Return base(x) + x ΔWᵀ, shape (..., m): through ΔW (`randlora_linear`) if fused or where FLOPs are fewer."""
         blocks, D, d = self._size()
         pays = self.fused or through_delta(x.shape[:-1].numel(), D, d, blocks * self.rank)
-        if not pays or not is_plain(self.base, x) or (self.training and self.dropout.p):
+        if not (pays and self.as_one(x)):
             return super().forward(x)
+        self._follow()
         A, B = self.bases.slices(blocks, D, d, computing_dtype(x))
         frozen = (weight_of(self.base), cast(Any, self.base.bias), A, stacked(B))
         return randlora_linear(x, *frozen, self.lam, self.gamma, self.scale, fused=self.fused)
@@ -211,18 +202,16 @@ class RandLoRALinear(AdaptedLinear):
     def _apply(self, fn: Any, recurse: bool = True) -> "RandLoRALinear":
         super()._apply(fn, recurse)
         self.bases = self._bases(self.bases.seed)  # the bases move with the model, once for all layers
+        self.recipe = self.bases.recipe.to(self.lam.device, copy=True)  # `to_empty` would leave none
+        self._read = 0
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         recipe = state_dict.get(f"{prefix}recipe")
         if recipe is not None and recipe.shape == self.recipe.shape and not recipe.is_meta:
-            bases = self._bases(int(recipe[0]))
-            if bool(((recipe.cpu() - bases.recipe).abs() > 1).any()):
-                raise ValueError(
-                    f"{prefix}recipe: got bases that their seed {bases.seed} does not draw here, wanted those"
-                )
-            self.bases = bases
+            self.bases = checked(self._bases(int(recipe[0])), recipe, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._read = writes(self.recipe)
 
 
 PAPER = PaperInfo(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lowrank_ref.core.checks import check_integer, check_number
 
@@ -44,8 +45,11 @@ def random_rows(
             "very sparse".
 
     Raises:
-        ValueError: an unknown distribution.
+        TypeError, ValueError: an unknown distribution, or another argument out of range.
     """
+    check_integer("rows", rows, low=0)
+    check_integer("rank", rank, low=1)
+    check_number("sparsity", sparsity, low=1)
     key = hashlib.sha256(f"{seed} {name}".encode()).digest()
     stream = torch.Generator().manual_seed(int.from_bytes(key[:8], "big"))
     U = torch.rand(rows, rank, generator=stream, dtype=torch.float64)
@@ -66,7 +70,13 @@ def random_a(
 
     A is shared: a column of zeros in A is a column of zeros in ΔW, whatever is trained. The paper does not treat this
     case; `redraw=False` leaves such columns, which a ternary A has with probability (1 - 1/sparsity)^rank each.
+
+    Raises:
+        TypeError, ValueError: an argument out of range: rank >= 1, d >= 0, and sparsity in [1, 1000] where columns are
+            drawn until they are not all zeros.
     """
+    check_integer("d", d, low=0)
+    check_number("sparsity", sparsity, low=1, high=1000 if redraw else math.inf)
     columns = random_rows(seed, "A", d, rank, distribution, sparsity)
     attempt = 0
     while redraw and bool((dead := ~columns.any(dim=1)).any()):
@@ -93,16 +103,16 @@ class RandomBases:
     def __init__(
         self, seed: int, rank: int, distribution: str, sparsity: float, device: torch.device, dtype: torch.dtype
     ) -> None:
-        check_integer("rank", rank, low=1)
-        check_number("sparsity", sparsity, low=1, high=1000)  # a column of A is drawn until it is not all zeros
         self.seed, self.rank, self.distribution, self.sparsity = seed, rank, distribution, sparsity
-        self.A = torch.empty(rank, 0, device=device, dtype=dtype)
-        self.B = torch.empty(0, rank, 0, device=device, dtype=dtype)  # Bⱼ transposed, so that blocks lie in a row
-        self._rounded: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         probe = random_a(seed, rank, 1, distribution, sparsity).flatten()
-        #: Seed and first column of A in millionths, which is what a checkpoint keeps of the bases.
-        self.recipe = torch.tensor([seed, *(probe * 1e6).round().long().tolist()])
+        with torch.inference_mode(False):  # layers that train later hold the same tensors
+            self.A = torch.empty(rank, 0, device=device, dtype=dtype)
+            self.B = torch.empty(0, rank, 0, device=device, dtype=dtype)  # Bⱼ transposed, so that blocks lie in a row
+            #: Seed and first column of A in millionths, which is what a checkpoint keeps of the bases.
+            self.recipe = torch.tensor([seed, *(probe * 1e6).round().long().tolist()])
+        self._rounded: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
+    @torch.inference_mode(False)
     def grow(self, blocks: int, D: int, d: int) -> None:
         """Draw what a layer needs and is not there yet."""
         options: Any = (self.distribution, self.sparsity)
@@ -123,7 +133,8 @@ class RandomBases:
             A, B = self.A, self.B
         else:
             if dtype not in self._rounded:
-                self._rounded[dtype] = self.A.to(dtype), self.B.to(dtype)
+                with torch.inference_mode(False):
+                    self._rounded[dtype] = self.A.to(dtype), self.B.to(dtype)
             A, B = self._rounded[dtype]
         return A[:, :d], B[:blocks, :, :D].transpose(1, 2)
 
@@ -153,9 +164,44 @@ def _again(description: tuple[Any, ...], size: tuple[int, int, int]) -> RandomBa
     return bases
 
 
+def checked(bases: RandomBases, recipe: Tensor, prefix: str = "") -> RandomBases:
+    """Return the bases if they are those of the recipe, else raise a ValueError that names the layer by its prefix."""
+    if bool(((recipe.cpu() - bases.recipe).abs() > 1).any()):
+        raise ValueError(f"{prefix}recipe: got bases that their seed {bases.seed} does not draw here, wanted those")
+    return bases
+
+
+def writes(tensor: Tensor) -> int:
+    """Return how often a tensor was written in place; 0 for those made in inference mode, which nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def stacked(B: Float[Tensor, "blocks D r"]) -> Float[Tensor, "rows D"]:
     """Return the columns of all Bⱼ as rows, (blocks·r, D): a view of the shared bases, no copy."""
     return B.transpose(1, 2).flatten(0, 1)
+
+
+class _MixedRows(torch.autograd.Function):
+    """ΛⱼAΓⱼ with a backward that keeps A, Λ and Γ only: not one (r, d) product per block."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
+        ctx.save_for_backward(A, lam, gamma)
+        return lam[:, :, None] * A * gamma[:, None, :]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, G: Tensor) -> tuple[None, Tensor, Tensor]:
+        A, lam, gamma = ctx.saved_tensors
+        GA = G * A
+        return None, torch.einsum("jki,ji->jk", GA, gamma), torch.einsum("jki,jk->ji", GA, lam)
+
+
+def mixed_rows(
+    A: Float[Tensor, "r d"], lam: Float[Tensor, "blocks r"], gamma: Float[Tensor, "blocks d"]
+) -> Float[Tensor, "rows d"]:
+    """Return ΛⱼAΓⱼ of all blocks, one below the other, (blocks·r, d). A gets no gradient."""
+    return _MixedRows.apply(A, lam, gamma).flatten(0, 1)
 
 
 def to_peft(

@@ -1,4 +1,13 @@
-"""What the updates look like."""
+"""What the updates look like.
+
+Papers:
+
+    artificial_entanglement  a matrix read as the state of a chain, and its entropies
+
+Companions:
+
+    mps_adapter              matrix product states, and the adapter that is one
+"""
 
 from lowrank_ref.analysis.artificial_entanglement import (
     Profile,

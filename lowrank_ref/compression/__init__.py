@@ -1,4 +1,14 @@
-"""Making a trained network low-rank."""
+"""Making a trained network low-rank.
+
+Papers:
+
+    maestro           train W = B·A so that its components get an order
+
+Companions:
+
+    maestro_layers    the convolution, and surgery on whole models
+    maestro_training  samplers and the shrinker that act while it trains
+"""
 
 from lowrank_ref.compression.maestro import MaestroLinear, group_lasso, importance, ranks_within
 from lowrank_ref.compression.maestro_layers import MaestroConv2d, decompose, deployed, maestro_layers, penalty, resorted

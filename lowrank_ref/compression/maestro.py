@@ -16,15 +16,13 @@ Letters: W (m, n), A (r, n), B (m, r), r = min(m, n); "b:" means components b to
 matrix (m, C·k·k). Equations carry no numbers here: they follow the official code, in the letters of this book.
 
 Deviations. Ranks are integers; the official code passes b/r and takes ⌈r·(b/r)⌉, which rounding can raise by one.
-Penalty and importance see the kept components only, so what was dropped cannot come back; there, all stored rows
-count. A layer keeps at least one component. Roots carry +1e-12, since the gradient of √0 is not a number. Left out: the
-distillation pass (off in the official scripts) and plain, not hierarchical norms.
+What was dropped cannot come back; there, a mask may grow again. Dropped rows stay in the penalty, as there. A layer
+keeps at least one component. Roots carry +1e-12, since the gradient of √0 is not a number. Left out: the distillation
+pass (off in the official scripts) and plain, not hierarchical norms.
 
-Cost per layer: r(m+n) trained numbers, at full rank up to twice the mn of the dense layer; cut at b, b(m+n) numbers
-and 2b(m+n) FLOPs a token or place. `deployed` builds the small layers, or the dense one where b(m+n) > mn. Convolutions
-and surgery on models are in `maestro_layers.py`, sampling and shrinking in `maestro_training.py`. Works under DDP if
-every process seeds its sampler alike, and under torch.compile with one graph per width, which suits deployment and not
-the sampler. Not tested under FSDP2.
+Cost per layer: r(m+n) trained numbers, up to twice the dense layer's mn; cut at b, b(m+n) numbers and 2b(m+n) FLOPs a
+token. `deployed` builds small layers, or dense ones where b(m+n) > mn. Convolutions and surgery: `maestro_layers.py`;
+samplers and shrinking: `maestro_training.py`. Works under DDP if all processes seed their sampler alike.
 """
 
 from collections.abc import Sequence
@@ -35,8 +33,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_ref.core.checks import check_matrix, check_number, check_rank
-from lowrank_ref.core.layers import weight_of
+from lowrank_ref.core.checks import check_finite, check_matrix, check_number, check_rank
+from lowrank_ref.core.layers import WeightLayer, is_conv1d, linear_like, weight_of
 from lowrank_ref.core.linalg import svd
 from lowrank_ref.core.registry import PaperInfo
 
@@ -116,12 +114,14 @@ def ranks_within(importances: Sequence[Float[Tensor, " _"]], costs: Sequence[flo
         One rank per layer, each at least 1.
 
     Raises:
-        ValueError: the lengths differ, or one component in every layer is already too much.
+        ValueError: the lengths differ, a number is not finite, or one component in every layer is already too much.
     """
     if not importances or len(importances) != len(costs):
         raise ValueError(f"costs: got {len(costs)}, wanted one for each of {len(importances)} layers, at least one")
-    for cost in costs:
+    for cost, sizes in zip(costs, importances):
         check_number("costs", float(cost), low=0, open_low=True)
+        check_finite("importances", sizes)
+    check_number("budget", budget)
     found = [1] * len(costs)
     if sum(costs) > budget:
         raise ValueError(f"budget: got {budget}, wanted at least {sum(costs)}, the price of rank 1 everywhere")
@@ -140,7 +140,7 @@ def filled(layer: Model, weight: Tensor, bias: Tensor | None) -> Model:
     return layer
 
 
-class MaestroLinear(nn.Module):
+class MaestroLinear(WeightLayer):
     """A linear layer as the product of two trained factors, of which the first `width` components act.
 
     Args:
@@ -154,6 +154,8 @@ class MaestroLinear(nn.Module):
         TypeError, ValueError: factors that are no floating-point matrices, or do not fit together.
     """
 
+    is_product, weight = True, property(lambda self: self.dense_weight(self.width))
+
     def __init__(
         self, A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], bias: Float[Tensor, " m"] | None = None
     ) -> None:
@@ -164,14 +166,16 @@ class MaestroLinear(nn.Module):
             raise ValueError(f"B: got {B.shape[1]} columns, wanted {A.shape[0]}, one for each row of A")
         self.A, self.B = (nn.Parameter(M.detach().clone(memory_format=torch.contiguous_format)) for M in (A, B))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        self.rank, self.cut = A.shape[0], cast(int | None, None)
+        self.rank, self.cut, self.kind = A.shape[0], cast(int | None, None), cast(type[nn.Module], nn.Linear)
 
     @classmethod
     def from_linear(cls, base: nn.Module) -> "MaestroLinear":
         """Split the weight of `nn.Linear` or GPT-2's `Conv1D` by its SVD; the function stays the same."""
         W = weight_of(base).detach()
         A, B = nested_optimum(W)
-        return cls(A.to(W.dtype), B.to(W.dtype), cast(Tensor | None, base.bias)).train(base.training)
+        layer = cls(A.to(W.dtype), B.to(W.dtype), cast(Tensor | None, base.bias)).train(base.training)
+        layer.kind = type(base) if is_conv1d(base) else nn.Linear
+        return layer
 
     @property
     def width(self) -> int:
@@ -182,9 +186,9 @@ class MaestroLinear(nn.Module):
         """Return the factors of the kept components, A[:rank] and B[:, :rank]."""
         return self.A[: self.rank], self.B[:, : self.rank]
 
-    def dense_weight(self) -> Float[Tensor, "..."]:
-        """Return the weight that the kept components multiply to, in the shape of the layer that was replaced."""
-        return prefix_product(self.A, self.B, self.rank)
+    def dense_weight(self, width: int | None = None) -> Float[Tensor, "..."]:
+        """Return what the first `width` components multiply to, or all kept ones, in the shape of the old layer."""
+        return prefix_product(self.A, self.B, self.rank if width is None else width)
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return B[:, :b](A[:b]x) + bias with b = `width`."""
@@ -201,12 +205,12 @@ class MaestroLinear(nn.Module):
         return nn.Sequential(*thin).train(self.training)
 
     def first(self, W: Tensor, bias: Tensor | None) -> nn.Module:
-        """Return an ordinary layer with this weight that reads what this layer reads."""
-        return filled(nn.Linear(W.shape[1], W.shape[0], bias=bias is not None, device="meta"), W, bias)
+        """Return an ordinary layer with this weight, of the class that was replaced, that reads what this one reads."""
+        return linear_like(self.kind if bias is not None else nn.Linear, W, bias)  # a Conv1D has a bias always
 
     def second(self, W: Tensor, bias: Tensor | None) -> nn.Module:
         """Return an ordinary layer with this weight that mixes components into outputs."""
-        return filled(nn.Linear(W.shape[1], W.shape[0], bias=bias is not None, device="meta"), W, bias)
+        return linear_like(nn.Linear, W, bias)
 
     def get_extra_state(self) -> Tensor:
         """Let the state dict carry the rank."""
@@ -238,7 +242,7 @@ PAPER = PaperInfo(
     equations={"cut at b": "prefix_product", "start": "nested_optimum", "R": "group_lasso", "I_b": "importance"},
     deviations=(
         "ranks are passed as integers, not as shares",
-        "penalty and importance see kept components only, and each layer keeps at least one",
+        "what was dropped cannot come back, and each layer keeps at least one component",
     ),
     aliases=("ordered dropout", "low-rank ordered decomposition", "LoD", "progressive shrinking", "nested networks"),
     status="draft",

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_ref.compression.maestro import MaestroLinear, filled, group_lasso, nested_optimum, prefix_product
+from lowrank_ref.compression.maestro import MaestroLinear, filled, group_lasso, nested_optimum
 from lowrank_ref.core.checks import check_floating
 from lowrank_ref.core.layers import is_linear, put_in_place, replace_modules
 
@@ -51,9 +51,9 @@ class MaestroConv2d(MaestroLinear):
         A, B = A.to(base.weight.dtype), B.to(base.weight.dtype)
         return cls(A, B, base.bias, like=base).train(base.training)
 
-    def dense_weight(self) -> Float[Tensor, "m C k1 k2"]:
-        """Return the filters that the kept components multiply to."""
-        return prefix_product(self.A, self.B, self.rank).unflatten(1, self.filter)
+    def dense_weight(self, width: int | None = None) -> Float[Tensor, "m C k1 k2"]:
+        """Return the filters that the first `width` components multiply to, or all kept ones."""
+        return super().dense_weight(width).unflatten(1, self.filter)
 
     def forward(self, x: Float[Tensor, "*batch C H W"]) -> Float[Tensor, "*batch m H2 W2"]:
         """Return the mix of the first b filters, with b = `width`."""
@@ -107,12 +107,15 @@ def maestro_layers(model: nn.Module) -> Iterator[tuple[str, MaestroLinear]]:
 
 
 def penalty(model: nn.Module) -> Float[Tensor, ""]:
-    """Return the hierarchical group lasso R of the kept components, summed over the layers; add λR to the loss.
+    """Return the hierarchical group lasso R, summed over the layers; add λR to the loss.
+
+    All stored components count, dropped ones among them, as in the official code: the importance sums over all rows,
+    and a dropped row that nothing pulls to zero would keep the tails before it large for ever.
 
     Raises:
         ValueError: the model holds no Maestro layer.
     """
-    terms = [group_lasso(*layer.kept()) for _, layer in maestro_layers(model)]
+    terms = [group_lasso(layer.A, layer.B) for _, layer in maestro_layers(model)]
     if not terms:
         raise ValueError(f"model: got {type(model).__name__} without Maestro layer, wanted at least one")
     return torch.stack(terms).sum()

@@ -1,141 +1,58 @@
-"""The one base class of adapters, and surgery on models.
+"""Surgery on models. The layers' base classes are in `bases.py`, how a weight is read and written in `weights.py`.
 
-A weight here is always W (m, n) = (out, in), as `nn.Linear` stores it. GPT-2's `Conv1D` stores the transpose;
-`weight_of` hides that, so an adapter never asks which of the two it sits on.
+One rule for what trains, by family. An `Adapter` trains beside a frozen layer, and the rest of the model is frozen with
+it. A `WeightLayer` *is* the weight (low-rank plus sparse, ternary, factored), and everything trains.
+
+Each call logs a line to the logger "lowrank_ref": `logging.basicConfig(level=logging.INFO)` shows what it did.
 """
 
-import difflib
+import functools
+import inspect
+import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from lowrank_ref.core.checks import check_floating
+from lowrank_ref.core import huggingface, idle
+from lowrank_ref.core.accounting import parameter_report
+from lowrank_ref.core.bases import AdaptedLinear, Adapter, WeightLayer, dense
+from lowrank_ref.core.matching import Pattern, capped, is_output, matcher, no_match, select
+from lowrank_ref.core.weights import (
+    PLAIN,
+    carry_hooks,
+    has_own_forward,
+    is_conv1d,
+    is_linear,
+    linear_like,
+    weight_of,
+    with_weight,
+)
+
+__all__ = [
+    "AdaptedLinear",
+    "Adapter",
+    "Model",
+    "WeightLayer",
+    "adapters",
+    "dense",
+    "disabled",
+    "is_conv1d",
+    "is_linear",
+    "linear_like",
+    "merge_adapters",
+    "put_in_place",
+    "replace_linears",
+    "replace_modules",
+    "weight_of",
+    "with_weight",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Tell transformers' GPT-2 `Conv1D`, a linear layer whose weight is stored (in, out). No import of transformers."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Tell layers that compute x Wᵀ + b: `nn.Linear` and GPT-2's `Conv1D`."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def weight_of(module: nn.Module) -> Float[Tensor, "m n"]:
-    """Return the layer's weight as (out, in), a view for `Conv1D`.
-
-    Raises:
-        TypeError: the module is no linear layer, or its weight is not floating point (a quantised base).
-    """
-    if not is_linear(module):
-        raise TypeError(f"base: got {type(module).__name__}, wanted nn.Linear or GPT-2's Conv1D")
-    weight = cast(Tensor, module.weight)
-    check_floating("base.weight", weight)
-    if weight.ndim != 2:
-        raise ValueError(f"base.weight: got shape {tuple(weight.shape)}, wanted a matrix (out, in)")
-    return weight.T if is_conv1d(module) else weight
-
-
-def with_weight(module: nn.Module, weight: Float[Tensor, "m n"]) -> nn.Module:
-    """Return a new layer like `module` that computes with `weight` (out, in), rounded once to the old dtype.
-
-    The copy shares no memory with the original, so a tied weight elsewhere in the model keeps its value.
-    """
-    old = weight_of(module)
-    copy: Any = type(module).__new__(type(module)) if is_conv1d(module) else nn.Linear(1, 1, device="meta")
-    if is_conv1d(module):
-        nn.Module.__init__(copy)
-        copy.nf, copy.nx = old.shape
-        weight = weight.T
-    else:
-        copy.out_features, copy.in_features = old.shape
-    copy.weight = nn.Parameter(weight.detach().to(old.dtype, copy=True).contiguous(), requires_grad=False)
-    bias = cast(Tensor | None, module.bias)
-    copy.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return copy.train(module.training)
-
-
-class Adapter(nn.Module):
-    """A frozen base layer plus a trained update. Base class of every adapter; it never changes the base.
-
-    Args:
-        base: the layer to adapt. Its parameters are frozen here.
-
-    A subclass sets `adapter_names`, the names of the parameters it trains, and defines `merged()`.
-    """
-
-    adapter_names: tuple[str, ...] = ()
-
-    def __init__(self, base: nn.Module) -> None:
-        if isinstance(base, Adapter):
-            raise TypeError(f"base: got {type(base).__name__}, an adapter already; merge it before adapting again")
-        super().__init__()
-        self.base = base
-        base.requires_grad_(False)
-        self.train(base.training)
-
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """Name -> trained parameter of this layer."""
-        return {name: getattr(self, name) for name in self.adapter_names}
-
-    def merged(self) -> nn.Module:
-        """Return a plain layer that computes the same function at no extra cost. The base stays as it is."""
-        raise NotImplementedError
-
-
-class AdaptedLinear(Adapter):
-    """Base class of adapters of a linear layer: y = x Wᵀ + b + x ΔWᵀ.
-
-    Args:
-        base: `nn.Linear` or GPT-2's `Conv1D`, floating point.
-
-    A subclass defines `delta_weight()`; it overrides `update` where a cheaper form than the (m, n) product exists.
-    """
-
-    def __init__(self, base: nn.Module) -> None:
-        m, n = weight_of(base).shape
-        super().__init__(base)
-        self.out_features, self.in_features = m, n
-
-    def delta_weight(self) -> Float[Tensor, "m n"]:
-        """Return ΔW (m, n), so that the layer computes with W + ΔW."""
-        raise NotImplementedError
-
-    def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
-        """Return x ΔWᵀ."""
-        return F.linear(x, self.delta_weight())
-
-    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
-        """Return base(x) + x ΔWᵀ, shape (..., m). The update is computed in the adapter's own dtype."""
-        dtype = next(iter(self.adapter_parameters().values())).dtype
-        out = self.base(x)
-        return out + self.update(x if torch.is_autocast_enabled() else x.to(dtype)).to(out.dtype)
-
-    @torch.no_grad()
-    def merged(self) -> nn.Module:
-        """Return a frozen layer of the base's type with weight W + ΔW, added in float32 or wider and rounded once.
-
-        Raises:
-            ValueError: ΔW holds NaN or infinity; a merge would hide it in the weights.
-        """
-        delta = self.delta_weight()
-        if not bool(torch.isfinite(delta).all()):
-            raise ValueError("delta_weight: got NaN or infinite entries, wanted a finite update to merge")
-        wide = torch.promote_types(delta.dtype, torch.float32)
-        return with_weight(self.base, weight_of(self.base).to(wide) + delta.to(wide))
-
-    def extra_repr(self) -> str:
-        """Show the shape in `print(model)`."""
-        return f"{self.in_features} -> {self.out_features}"
+log = logging.getLogger("lowrank_ref")
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
@@ -153,74 +70,99 @@ def put_in_place(model: nn.Module, new: dict[int, nn.Module]) -> None:
 
 def replace_modules(
     model: Model,
-    pattern: str,
+    pattern: Pattern,
     factory: Callable[[Any], nn.Module],
     *,
     accepts: Callable[[nn.Module], bool],
-    trainable: str | None = None,
+    trainable: Pattern | None = None,
+    own_forward: bool = False,
 ) -> Model:
-    """Replace every module whose path matches and that `accepts` takes; freeze the rest of the model.
+    """Replace every module that the pattern means and that `accepts` takes, and set what trains.
 
     All new layers are built before the first one is put in place: an error leaves the model as it was.
 
     Args:
         model: changed in place.
-        pattern: regular expression, searched in the module's path, such as r"attn\\.(q|v)$".
+        pattern: see `replace_linears`.
         factory: old module -> new module.
         accepts: which modules the factory can take; containers that match the pattern are passed over.
-        trainable: regular expression of parameter paths that keep training in full, such as r"^classifier\\.".
+        trainable: see `replace_linears`.
+        own_forward: the factory knows what subclasses of `nn.Linear` with a forward of their own compute.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: nothing matches; the message lists near candidates. Or `trainable` matches no parameter.
+        TypeError, ValueError: see `replace_linears`.
     """
-    inner = ((name, module) for name, module in model.named_modules() if name)  # the model itself has no place to swap
-    candidates = {name: module for name, module in inner if accepts(module) and not _inside_adapter(model, name)}
-    hits = {name: module for name, module in candidates.items() if re.search(pattern, name)}
-    if not hits:
-        raise ValueError(_no_match("pattern", pattern, list(candidates)))
-    names = [name for name, _ in model.named_parameters()]
-    kept = [name for name in names if trainable is not None and re.search(trainable, name)]
-    if trainable is not None and not kept:
-        raise ValueError(_no_match("trainable", trainable, names))
-    was_training = {name: p.requires_grad for name, p in model.named_parameters()}
+    huggingface.refuse_wrapped(model)
+    named = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if path]
+    hits = select(model, {p: m for p, m in named if accepts(m) and not _inside_adapter(model, p)}, pattern)
+    old = {id(module): module for module in hits.values()}  # a layer at two places is built once
+    first = {id(module): path for path, module in reversed(hits.items())}
+    first = {key: first[key] for key in old}
+    flags = {p: p.requires_grad for p in model.parameters()}
+    before = [layer for _, layer in adapters(model)]
     try:
-        built = {id(module): factory(module) for module in hits.values()}
-    except Exception:
-        for name, p in model.named_parameters():
-            p.requires_grad_(was_training[name])
+        new = {key: _build(model, first[key], old[key], factory, own_forward) for key in old}
+        parts = [part for layer in new.values() for part in layer.modules()]
+        ours = [part for part in parts if isinstance(part, Adapter)]
+        bases = {id(p) for layer in [*before, *ours] for p in layer.base.parameters()}
+        kept = _kept(model, trainable, bases)
+    except BaseException:
+        for p, trains in flags.items():
+            p.requires_grad_(trains)
         raise
-    first_time = not any(True for _ in adapters(model))  # a second call must not freeze what the first one kept
-    for name, p in model.named_parameters():
-        if name in kept:
-            p.requires_grad_(True)
-        elif first_time:
-            p.requires_grad_(False)
-    put_in_place(model, built)
+    weights = [part.rest_trains for part in parts if isinstance(part, WeightLayer)]
+    freezes = not any(weights) if weights else bool(ours) and not before  # a later call keeps what the first one kept
+    for p in flags:
+        if id(p) not in bases and (p.is_floating_point() or p.is_complex()):
+            p.requires_grad_(id(p) in kept or any(weights) or (p.requires_grad and not freezes))
+    put_in_place(model, new)
+    for key, layer in new.items():
+        if not any(part is old[key] for part in layer.modules()):
+            carry_hooks(old[key], layer)
+    for encoder in (module for module in model.modules() if isinstance(module, nn.TransformerEncoder)):
+        if any(not getattr(part, "is_product", True) for part in encoder.modules()):
+            encoder.use_nested_tensor = False  # made for layers that multiply with `weight`
+    huggingface.follow_ties(model)
+    huggingface.guard_saving(model)
+    idle.watch([(old[key], layer) for key, layer in new.items()])
+    changed = {first[key]: (old[key], layer) for key, layer in new.items()}
+    _report(model, changed, {id(p) for p, trains in flags.items() if trains})
     return model
 
 
 def replace_linears(
-    model: Model, pattern: str, factory: Callable[[Any], nn.Module], *, trainable: str | None = None
+    model: Model, pattern: Pattern, factory: Callable[[Any], nn.Module], *, trainable: Pattern | None = None
 ) -> Model:
-    """Adapt every linear layer whose path matches `pattern`; freeze everything else.
+    """Put a new layer in the place of every linear layer that `pattern` means, and set what trains.
 
-    Takes `nn.Linear` and GPT-2's `Conv1D`. A layer that stands at two places is replaced by one adapter at both. A
-    weight that is tied to another layer stays tied until the adapter is merged.
+    Adapters freeze the rest of the model, but for what `trainable` names; a second call freezes no more than the layers
+    that it adapts. With layers that are the weight themselves (SLTrain, ternary, Maestro) everything trains but the
+    bases of adapters: freeze afterwards what should not.
+
+    Takes `nn.Linear` and GPT-2's `Conv1D`. A layer that stands at two places is replaced by one new layer at both. A
+    weight that is tied to another layer stays tied until the adapter is merged. Build the optimizer afterwards.
 
     Args:
         model: changed in place.
-        pattern: regular expression searched in the layer's path, such as r"attention\\.self\\.(query|value)$".
-        factory: linear layer -> adapter, such as `partial(LoRALinear, rank=8)`.
-        trainable: regular expression of parameter paths that keep training in full, such as r"^classifier\\.".
+        pattern: a regular expression searched in the layer's path, such as r"attention\\.self\\.(query|value)$"; or a
+            list of names, each the end of a path, such as ["query", "value"]; or "all-linear", which takes all but
+            output layers and heads.
+        factory: linear layer -> new layer, such as `partial(LoRALinear, rank=8)`.
+        trainable: parameters that keep training in full beside adapters: a regular expression searched in their paths,
+            such as r"^classifier\\.", or a list of names of modules or parameters. The bases of adapters stay frozen.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: the pattern matches no linear layer; the message lists near candidates. The model is unchanged.
+        TypeError: the factory returns no module or refuses a layer; a quantised layer matches; a layer's own `forward`
+            or type of result would be lost.
+        ValueError: the pattern matches no linear layer (the message lists near candidates); `trainable` matches no
+            parameter; the model holds PEFT's layers or is a `DistributedDataParallel`; the factory refuses a layer; the
+            model multiplies with the layer's weight itself, past what the new layer does. The model is unchanged.
 
     Example:
         >>> from functools import partial
@@ -237,22 +179,64 @@ def merge_adapters(model: Model) -> Model:
     """Replace every adapter by its `merged()` layer, in place; the model is then plain PyTorch again.
 
     All merges are computed before the first is put in place. A tied weight comes loose (the other holder keeps the old
-    value); a transformers config is then told so, since saving and loading would tie it again.
+    value), and saving and loading a transformers model keeps it loose. Hooks on an adapter move to the merged layer.
 
     Raises:
+        TypeError: a base has hooks or a `forward` of its own, which the merge would lose. The model is unchanged.
         ValueError: the model holds no adapter or is one itself, or an update is not finite. The model is unchanged.
     """
-    found = dict(adapters(model))
-    if not found or isinstance(model, Adapter):
-        raise ValueError(f"model: got {type(model).__name__}, wanted a model that contains an adapter to merge")
-    merged = {id(layer): layer.merged() for layer in found.values()}
+    found = _found(model)
+    merged = {}
+    for path, layer in found.items():
+        with _at(path):
+            merged[id(layer)] = layer.merged()
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     untied = any(holders[id(p)] > 1 for layer in found.values() for p in layer.base.parameters())
     put_in_place(model, merged)
+    for layer in found.values():
+        carry_hooks(layer, merged[id(layer)])
+    huggingface.follow_ties(model)
     config: Any = getattr(model, "config", None)
-    if untied and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
+    if untied and not hasattr(model, "all_tied_weights_keys") and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # transformers before 5 ties by this flag alone
     return model
+
+
+@contextmanager
+def disabled(model: Model) -> Iterator[Model]:
+    """Switch all adapters off for a while: `with disabled(model): model(x)` computes what the base model computes.
+
+    Inside, every base stands in its adapter's place. To go from one set of adapters to another, load over:
+    `load_adapters(model, "b")` puts B's numbers where A's were.
+
+    Raises:
+        ValueError: the model holds no adapter or is one itself.
+
+    Example:
+        >>> from functools import partial
+        >>> from lowrank_ref.adapters import LoRALinear
+        >>> model = replace_linears(nn.Sequential(nn.Linear(6, 2)), "0", partial(LoRALinear, rank=2))
+        >>> with disabled(model):
+        ...     print(model)
+        Sequential(
+          (0): Linear(in_features=6, out_features=2, bias=True)
+        )
+    """
+    found = _found(model)
+    put_in_place(model, {id(layer): layer.base for layer in found.values()})
+    huggingface.follow_ties(model)
+    try:
+        yield model
+    finally:
+        put_in_place(model, {id(layer.base): layer.train(layer.base.training) for layer in found.values()})
+        huggingface.follow_ties(model)
+
+
+def _found(model: nn.Module) -> dict[str, Adapter]:
+    found = dict(adapters(model))
+    if not found or isinstance(model, Adapter):
+        raise ValueError(f"model: got {type(model).__name__}, wanted a model that contains an adapter")
+    return found
 
 
 def _inside_adapter(model: nn.Module, path: str) -> bool:
@@ -260,8 +244,96 @@ def _inside_adapter(model: nn.Module, path: str) -> bool:
     return any(isinstance(model.get_submodule(".".join(parts[:i])), Adapter) for i in range(len(parts)))
 
 
-def _no_match(argument: str, pattern: str, names: list[str]) -> str:
-    plain = re.sub(r"[^\w.]+", ".", pattern)
-    near = difflib.get_close_matches(plain, names, n=4, cutoff=0.3) or names[:4]
-    listing = ", ".join(near) if near else "none: the model has no such module"
-    return f"{argument}: got {pattern!r}, which matches nothing; near candidates are: {listing}"
+@contextmanager
+def _at(path: str) -> Iterator[None]:
+    """Let an error say at which layer it came up."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if type(error) not in (TypeError, ValueError):
+            raise
+        raise type(error)(f"{error} (at {path})") from error
+
+
+def _build(
+    model: nn.Module, path: str, old: nn.Module, factory: Callable[[Any], nn.Module], own_forward: bool
+) -> nn.Module:
+    """Build one new layer, and refuse it where the model would compute something else with it."""
+    with _at(path):
+        new = factory(old)
+    kind = type(new).__name__
+    if not isinstance(new, nn.Module):
+        raise TypeError(f"factory: got {new!r} for {path}, wanted an nn.Module")
+    linear = isinstance(old, PLAIN) or is_conv1d(old)
+    if isinstance(new, WeightLayer) and linear and has_own_forward(old) and not own_forward:
+        own = f"{type(old).__name__} with a forward of its own"
+        raise TypeError(f"{path}: got {own}, which {kind} would not run; leave it out of the pattern")
+    names = path.split(".")
+    for i in range(len(names)):
+        owner: Any = type(model.get_submodule(".".join(names[:i])))
+        asks = issubclass(owner, nn.TransformerEncoderLayer | nn.TransformerEncoder)  # these look for hooks first
+        if not getattr(new, "is_product", True) and not asks and _multiplies(owner, ".".join(names[i:])):
+            got = f"{kind} in {owner.__name__}, which takes its `weight` and passes over what else it does"
+            raise ValueError(f"{path}: got {got}; leave it out of the pattern, or take dropout = 0 if it has one")
+    return new
+
+
+@functools.cache
+def _multiplies(kind: Any, name: str) -> bool:
+    """Tell by its source whether a class takes `self.<name>.weight` for more than its dtype, device or shape."""
+    harmless = r"\.(?:dtype|device|shape|size|ndim|requires_grad)\b"
+    taken = re.compile(rf"(?<!isinstance\()self\.{re.escape(name)}\.weight\b(?!{harmless}|\s*=[^=])")
+    setup = ("__init__", "_init", "reset", "_reset", "tie", "_tie", "set_", "resize", "_resize")
+    wanted = {"weight", *name.split(".")}
+    for owner in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for method, function in vars(owner).items():
+            function = inspect.unwrap(function) if callable(function) else function
+            code = getattr(function, "__code__", None)
+            if code is None or method.startswith(setup) or not wanted <= {*code.co_names}:  # most: no source is read
+                continue
+            try:
+                if taken.search(inspect.getsource(function)):
+                    return True
+            except OSError:  # no source at hand
+                continue
+    return False
+
+
+def _kept(model: nn.Module, trainable: Pattern | None, bases: set[int]) -> set[int]:
+    """Return the ids of the parameters that `trainable` means, without those of adapters' bases."""
+    if trainable is None:
+        return set()
+    named = dict(model.named_parameters())
+    matches = matcher("trainable", trainable)
+    if not isinstance(trainable, str):
+        parts: Iterable[str] = list(trainable)
+        matches = lambda path: any(f".{part}." in f".{path}." for part in parts)  # noqa: E731
+    hits = {id(p) for path, p in named.items() if matches(path)}
+    if not hits:
+        raise ValueError(no_match(f"trainable: got {trainable!r}, which", trainable, named))
+    if hits <= bases:
+        what = "matches only weights of adapted layers; every adapter keeps its base frozen"
+        raise ValueError(f"trainable: got {trainable!r}, which {what}, wanted other parameters")
+    return hits - bases
+
+
+def _report(model: nn.Module, changed: dict[str, tuple[nn.Module, nn.Module]], trained: set[int]) -> None:
+    """Log what was done, and warn of heads: that trained before and do not now, or are adapted themselves.
+
+    Args:
+        changed: path -> (old layer, new layer).
+        trained: ids of the parameters that trained before.
+    """
+    new = [layer for _, layer in changed.values()]
+    verb = "adapts" if any(isinstance(layer, Adapter) for layer in new) else "replaces"
+    kinds, report = capped({type(layer).__name__ for layer in new}), parameter_report(model)
+    numbers = f"trains {report.trainable:,} of {report.total:,} numbers"
+    log.info("%s %d layers (%s): %s; %s", verb, len(new), kinds, capped(changed), numbers)
+    for path in huggingface.frozen_heads(model):
+        if any(id(p) in trained for p in model.get_submodule(path).parameters()):
+            hint = f'if it is new, let it train with trainable=["{path}"]'
+            log.warning("replace_linears: froze the head %r with the rest of the model; %s", path, hint)
+    for path, (old, layer) in changed.items():
+        if isinstance(layer, Adapter) and not isinstance(old, Adapter) and is_output(model, path, layer):
+            hint = 'leave it out of the pattern ("all-linear" does), and name it in `trainable` if it is new'
+            log.warning("replace_linears: adapts the output layer %r as well; if that is not meant, %s", path, hint)

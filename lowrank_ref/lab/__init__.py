@@ -1,14 +1,13 @@
 """What chapters share: data, models, training, comparison, explorers. Papers' files never import it.
 
-Import what a chapter needs from its module, for example `from lowrank_ref.lab.explore import explore`; importing
-`lowrank_ref.lab` loads nothing else.
+Four rooms, each with a face that exports what chapters use, for example `from lowrank_ref.lab.draw import explore`:
 
-    data     real data out of pip packages            train    one plain loop, resumable
-    models   small networks, one pretrained encoder   compare  methods at their own best learning rates
-    svg      charts and images as SVG                 claims   the table of verdicts
-    explore  figures with sliders, without a kernel   check    a reader's function against the reference
-    plots    colours and helpers for matplotlib       table    text and HTML tables
-    photo    one photograph at every rank             source   an equation beside its code
-    beds     test beds that chapters share            results  what was measured on a GPU
-    adversarial  training against several attacks
+    data     real data out of pip packages            beds     test beds that chapters share
+    models   small networks, one pretrained encoder   draw     charts, explorers, tables, an equation beside its code
+
+and single files. Importing `lowrank_ref.lab` loads nothing else.
+
+    train    one plain loop, resumable                check    a reader's function against the reference
+    compare  methods at their own best learning rates results  what was measured on a GPU
+    claims   the table of verdicts                    adversarial  training against several attacks
 """

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_ref.core.checks import check_integer, check_number, check_rank
-from lowrank_ref.core.layers import weight_of
+from lowrank_ref.core.layers import WeightLayer, dense, is_conv1d, linear_like, weight_of
 from lowrank_ref.core.registry import PaperInfo
 
 
@@ -132,14 +132,14 @@ def _backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
 _product.register_autograd(_backward, setup_context=_save)
 
 
-class SLTrainLinear(nn.Module):
+class SLTrainLinear(WeightLayer):
     """A linear layer with the weight s·BA + S, all of it trained, in the place of an `nn.Linear`.
 
     Args:
         in_features, out_features: n and m.
         rank: r, 0 <= r <= min(m, n); 0 leaves S alone.
         density: δ in [0, 1], the share of entries in S; 0 leaves BA alone, which with B = 0 cannot start in a deep
-            network: every gradient is zero.
+            network without biases: every gradient is zero.
         alpha: α > 0; the scale is α/r. The paper's α shrinks with the model: 32, 16, 16, 8, 8 from 60M to 7B.
         bias: whether to add one.
         generator: source of everything random.
@@ -150,6 +150,7 @@ class SLTrainLinear(nn.Module):
 
     support: Tensor
     bias: nn.Parameter | None
+    is_product, weight = True, dense
 
     def __init__(
         self,
@@ -169,6 +170,7 @@ class SLTrainLinear(nn.Module):
             check_rank(rank, (m, n))
         check_number("alpha", alpha, low=0, open_low=True)
         self.in_features, self.out_features, self.rank = n, m, rank
+        self.kind: type[nn.Module] = nn.Linear
         self.scale = alpha / rank if rank else 1.0
         self.register_buffer("support", support)
         self.A, self.B, self.values = map(nn.Parameter, init_parameters(m, n, rank, len(support), generator))
@@ -187,6 +189,7 @@ class SLTrainLinear(nn.Module):
         layer = cls(W.shape[1], W.shape[0], **options, bias=False).to(W.device, W.dtype)
         if isinstance(base.bias, Tensor):
             layer.bias = nn.Parameter(base.bias.detach().clone())
+        layer.kind = type(base) if is_conv1d(base) else nn.Linear
         return layer.train(base.training)
 
     def dense_weight(self) -> Float[Tensor, "m n"]:
@@ -202,12 +205,9 @@ class SLTrainLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @torch.no_grad()
-    def to_linear(self) -> nn.Linear:
-        """Return a plain `nn.Linear` with the weight W, for inference."""
-        linear = nn.Linear(self.in_features, self.out_features, device="meta")
-        linear.weight = nn.Parameter(self.dense_weight())
-        linear.register_parameter("bias", None if self.bias is None else nn.Parameter(self.bias.clone()))
-        return linear.train(self.training)
+    def to_linear(self) -> nn.Module:
+        """Return a plain layer with the weight W, for inference: `nn.Linear`, or `Conv1D` if that was replaced."""
+        return linear_like(self.kind, self.dense_weight(), self.bias).train(self.training)
 
 
 def parameter_count(m: int, n: int, rank: int, density: float) -> int:

@@ -1,8 +1,23 @@
-"""Staying right when inputs move."""
+"""Staying right when inputs move.
 
+Papers:
+
+    ramp            training against three norms at once
+    r_mtgb          boosting for many tasks, some of which are outliers
+
+Companions:
+
+    attacks         PGD and APGD in an l1, l2 or l∞ ball
+    attack_losses   what an attack makes large
+    projections     exact projections on balls cut by the box
+    threats         several norms at once
+    r_mtgb_sklearn  R-MTGB as scikit-learn estimators
+"""
+
+from importlib.util import find_spec
 from typing import Any
 
-from lowrank_ref.robustness.attack_losses import cross_entropy, dlr, targeted_dlr
+from lowrank_ref.robustness.attack_losses import cross_entropy, dlr, ranked_class, targeted_dlr
 from lowrank_ref.robustness.attacks import Attacked, apgd, pgd, random_start
 from lowrank_ref.robustness.projections import project
 from lowrank_ref.robustness.ramp import GradientProjection, ramp_loss
@@ -11,19 +26,20 @@ from lowrank_ref.robustness.threats import survivors, union_accuracy
 __all__ = [
     "Attacked",
     "GradientProjection",
-    "RMTGBClassifier",
-    "RMTGBRegressor",
     "apgd",
     "cross_entropy",
     "dlr",
     "pgd",
     "project",
     "ramp_loss",
+    "ranked_class",
     "random_start",
     "survivors",
     "targeted_dlr",
     "union_accuracy",
 ]
+if find_spec("sklearn") is not None:  # `import *` asks for every name
+    __all__ += ["RMTGBClassifier", "RMTGBRegressor"]
 
 
 def __getattr__(name: str) -> Any:

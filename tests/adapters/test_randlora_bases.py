@@ -130,3 +130,21 @@ def test_seeds_are_signed_64_bit():
 def test_bad_options_raise(options, error, message):
     with pytest.raises(error, match=message):
         bases(**options)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: random_a(0, 0, 4), "rank: got 0"),  # no column would ever be alive
+        (lambda: random_a(0, -1, 4), "rank: got -1"),
+        (lambda: random_a(0, 2, -4), "d: got -4"),
+        (lambda: random_a(0, 2, 4, "ternary", math.inf), "sparsity: got inf"),
+        (lambda: random_a(0, 2, 4, "ternary", 1e300), "sparsity: got 1e.300"),
+        (lambda: random_rows(0, "A", 2, 0), "rank: got 0"),
+        (lambda: random_rows(0, "A", -2, 2), "rows: got -2"),
+        (lambda: random_rows(0, "A", 2, 2, "ternary", math.nan), "sparsity: got nan"),
+    ],
+)
+def test_what_could_not_be_drawn_raises_and_does_not_hang(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

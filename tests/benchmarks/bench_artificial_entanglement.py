@@ -29,7 +29,8 @@ from lowrank_ref.analysis import (
 from lowrank_ref.core.layers import AdaptedLinear, replace_linears
 from lowrank_ref.core.linalg import svd
 from lowrank_ref.lab.data import bpe_tokenizer, token_batches
-from lowrank_ref.lab.models import GPT, _rotate
+from lowrank_ref.lab.models import GPT
+from lowrank_ref.lab.models.transformer import _rotate
 
 QV = r"attn\.[qv]$"
 

@@ -48,6 +48,15 @@ def test_convert_makes_a_minimal_notebook(tmp_path):
     assert set(notebook["metadata"]) == {"kernelspec", "language_info"}
 
 
+def test_convert_drops_empty_cells(tmp_path):
+    """One above the title would hide the install cell, and a second one would be made."""
+    text = f"# %%\n\n# %% [markdown]\n# # Title\n\n# %%\n{install_cell()}\n"
+    (tmp_path / "chapter.py").write_text(text)
+    convert(tmp_path / "chapter.py", tmp_path / "chapter.ipynb")
+    notebook = nbformat.read(tmp_path / "chapter.ipynb", as_version=4)
+    assert [cell.source for cell in notebook.cells] == ["# Title", install_cell()]
+
+
 def test_convert_mends_a_stale_install_cell(tmp_path):
     stale = install_cell().replace("git+", "git+https://old.example/")
     commented = "\n".join(f"# {line}" if "%pip" in line else line for line in stale.split("\n"))

