@@ -53,8 +53,8 @@ def make_environment(interpreter: str) -> Path:
     print("[1/3] installing", *STOCK, flush=True)
     pip(python, "install", *STOCK)
     kernel = FRESH / "share" / "jupyter" / "kernels" / KERNEL / "kernel.json"
-    command = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    spec = {"argv": command, "display_name": KERNEL, "language": "python"}
+    argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {"argv": argv, "display_name": KERNEL, "language": "python"}
     kernel.parent.mkdir(parents=True)
     kernel.write_text(json.dumps(spec))
     return python
@@ -62,8 +62,8 @@ def make_environment(interpreter: str) -> Path:
 
 def pip(python: Path, *arguments: str) -> None:
     quiet = ["--quiet", "--disable-pip-version-check"]
-    command = [str(python), "-m", "pip", *quiet, *arguments]
-    subprocess.run(command, env=environment(), check=True)
+    argv = [str(python), "-m", "pip", *quiet, *arguments]
+    subprocess.run(argv, env=environment(), check=True)
 
 
 def install(python: Path) -> None:
@@ -74,9 +74,9 @@ def install(python: Path) -> None:
     (wheel,) = folder.glob("lowrank_ref-*.whl")
     ours = f"lowrank-ref[book] @ {wheel.as_uri()}"
     cell = install_cell().replace(install_target(), ours)
-    for argument in (cell, "import lowrank_ref"):
-        shell = [str(python), "-m", "IPython", "--no-banner", "-c", argument]
-        subprocess.run(shell, cwd=folder, env=environment(), check=True)
+    for step in (["-m", "IPython", "-c", cell], ["-c", "import lowrank_ref"]):
+        argv = [str(python), *step]
+        subprocess.run(argv, cwd=folder, env=environment(), check=True)
 
 
 def alone(path: Path, folder: Path) -> Path:
