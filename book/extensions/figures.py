@@ -71,8 +71,9 @@ def html(text: str) -> nodes.raw:
 
 def settle(fold: HideCodeCellNode) -> None:
     """Name a fold after what its cell makes; code stands below that."""
-    cell = fold.parent
-    if "above-input" in fold["classes"] and cell[-1] is not fold:
+    whole = fold.parent is None  # a cell folded with its outputs stands for itself
+    cell = fold if whole else fold.parent
+    if not whole and "above-input" in fold["classes"] and cell[-1] is not fold:
         cell.remove(fold)
         cell.append(fold)
     if DEFAULT.match(fold["prompt_show"]):

@@ -19,7 +19,7 @@ def optimizer_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
         weight_decay: λ >= 0 of the others.
 
     Returns:
-        [{"params": ..., "lr": lr, "weight_decay": λ}, the same with 0], without a group that would be empty.
+        Two groups for an optimizer with this rate, one decayed by λ and one not at all; an empty one is left out.
 
     Raises:
         TypeError, ValueError: lr or weight_decay out of range, or nothing trains.

@@ -22,7 +22,7 @@ from lowrank_ref.lab.draw.table import Table
 
 __all__ = ["VERDICTS", "Claims", "Row", "checked"]
 
-#: Verdicts, the strongest first. "open": the test cannot decide, and the row says what is missing.
+#: Verdicts, the strongest first. An open one says in its row what is missing.
 VERDICTS = ("holds", "holds in part", "not confirmed", "open")
 
 #: What may be written where this is the strongest verdict that the runs of two arms carry.

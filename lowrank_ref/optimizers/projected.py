@@ -13,7 +13,7 @@ from lowrank_ref.optimizers.sharded import whole, whole_matrices
 
 #: How many parameters step together, so that a step launches few kernels and its projections need little memory.
 TOGETHER = 32
-#: What a group may hold beside the options: PyTorch's own keys, those of its schedulers, and what is noted here.
+#: What a group may hold beside the options, which are keys of PyTorch, of its schedulers, and what is noted here.
 GROUP_KEYS = {"params", "param_names", "name", "initial_lr", "method", "shapes"}
 #: Keys of the official code -> ours.
 OFFICIAL = {"update_proj_gap": "gap", "proj_type": "side"}

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from lowrank_ref import kernels
 
-capability = int(sys.argv[1])
+capability = int(sys.argv[1]) if __name__ == "__main__" else 90  # whoever only looks at the file
 #: Bytes of shared memory that a block may ask for, from the CUDA programming guide, by capability.
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 room = SHARED[capability] * 1024
@@ -90,10 +90,11 @@ def kernel_names():
     return sorted(found.keys() - called)
 
 
-assert not kernels.INTERPRETED
-triton.runtime.driver.set_active(Driver())
-JITFunction.run = compile_only
-kernels.runs_on = lambda device: kernels.takes_card(divmod(capability, 10))
-torch.cuda.get_device_properties = lambda device: SimpleNamespace(shared_memory_per_block_optin=room)
-main()
-print(json.dumps({"kernels": kernel_names(), "room": room, "launches": launches}))
+if __name__ == "__main__":
+    assert not kernels.INTERPRETED
+    triton.runtime.driver.set_active(Driver())
+    JITFunction.run = compile_only
+    kernels.runs_on = lambda device: kernels.takes_card(divmod(capability, 10))
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(shared_memory_per_block_optin=room)
+    main()
+    print(json.dumps({"kernels": kernel_names(), "room": room, "launches": launches}))

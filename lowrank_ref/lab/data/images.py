@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowrank_ref.lab._tools import need
-from lowrank_ref.lab.data._sources import Arrays, arrays, hub, split
+from lowrank_ref.lab.data.sources import Arrays, arrays, hub, split
 
 __all__ = ["PHOTOGRAPHS", "digits", "mnist5k", "photograph"]
 

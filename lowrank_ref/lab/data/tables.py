@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from lowrank_ref.lab._tools import need
-from lowrank_ref.lab.data._sources import Arrays, arrays, split
+from lowrank_ref.lab.data.sources import Arrays, arrays, split
 
 __all__ = ["TASK_TABLES", "TaskTable", "multitask", "planted_tasks", "task_table"]
 

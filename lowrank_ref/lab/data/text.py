@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ref.lab._tools import need
-from lowrank_ref.lab.data._sources import hub
+from lowrank_ref.lab.data.sources import hub
 
 __all__ = ["LabelledText", "Pair", "Text", "english_text", "sentence_pairs", "verse_group", "verse_topics"]
 
