@@ -2,6 +2,8 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALLED := .venv/.installed
+# Python compiles what it imports; compiling all that is installed takes a minute more.
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .PHONY: help book test ci unit notebooks fresh lab clean
 
@@ -39,7 +41,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "[1/3] making .venv"
 	@$(PYTHON) -m venv .venv
 	@echo "[2/3] installing torch"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(PIP) torch
 	@echo "[3/3] installing the package, the book's tools and the tests' (some minutes)"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[book,test,peers]"
+	@$(PIP) -e ".[book,test,peers]"
 	@touch $@

@@ -34,6 +34,18 @@ STOCK = ["torch", "numpy", "pandas", "scikit-learn", "matplotlib", "ipykernel"]
 KERNEL = "fresh"
 
 
+def environment() -> dict[str, str]:
+    """Variables with which nothing of the checkout and no other kernel is found."""
+    variables = os.environ | ENVIRONMENT
+    variables.pop("PYTHONPATH", None)
+    return variables | {
+        "JUPYTER_PATH": str(FRESH / "share" / "jupyter"),
+        "PIP_CONSTRAINT": str(CONSTRAINTS),
+        "PIP_NO_COMPILE": "1",  # Python compiles what it imports; all takes a minute
+        "PYTHONNOUSERSITE": "1",
+    }
+
+
 def make_environment(interpreter: str) -> Path:
     """Make the environment and its kernel; return its Python."""
     subprocess.run([interpreter, "-m", "venv", "--clear", str(FRESH)], check=True)
@@ -41,8 +53,8 @@ def make_environment(interpreter: str) -> Path:
     print("[1/3] installing", *STOCK, flush=True)
     pip(python, "install", *STOCK)
     kernel = FRESH / "share" / "jupyter" / "kernels" / KERNEL / "kernel.json"
-    command = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    spec = {"argv": command, "display_name": KERNEL, "language": "python"}
+    argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {"argv": argv, "display_name": KERNEL, "language": "python"}
     kernel.parent.mkdir(parents=True)
     kernel.write_text(json.dumps(spec))
     return python
@@ -50,10 +62,8 @@ def make_environment(interpreter: str) -> Path:
 
 def pip(python: Path, *arguments: str) -> None:
     quiet = ["--quiet", "--disable-pip-version-check"]
-    environment = os.environ | {"PIP_CONSTRAINT": str(CONSTRAINTS)}
-    subprocess.run(
-        [str(python), "-m", "pip", *quiet, *arguments], env=environment, check=True
-    )
+    argv = [str(python), "-m", "pip", *quiet, *arguments]
+    subprocess.run(argv, env=environment(), check=True)
 
 
 def install(python: Path) -> None:
@@ -64,10 +74,9 @@ def install(python: Path) -> None:
     (wheel,) = folder.glob("lowrank_ref-*.whl")
     ours = f"lowrank-ref[book] @ {wheel.as_uri()}"
     cell = install_cell().replace(install_target(), ours)
-    environment = os.environ | {"PIP_CONSTRAINT": str(CONSTRAINTS)}
-    for argument in (cell, "import lowrank_ref"):
-        shell = [str(python), "-m", "IPython", "--no-banner", "-c", argument]
-        subprocess.run(shell, cwd=folder, env=environment, check=True)
+    for step in (["-m", "IPython", "-c", cell], ["-c", "import lowrank_ref"]):
+        argv = [str(python), *step]
+        subprocess.run(argv, cwd=folder, env=environment(), check=True)
 
 
 def alone(path: Path, folder: Path) -> Path:
@@ -85,18 +94,13 @@ def alone(path: Path, folder: Path) -> Path:
 def run(paths: list[Path]) -> int:
     """Run the chapters, two at a time; return pytest's exit status."""
     print("[3/3] running the chapters", flush=True)
-    # Nothing of the checkout is found.
-    environment = os.environ | ENVIRONMENT
-    environment |= {"JUPYTER_PATH": str(FRESH / "share" / "jupyter")}
-    environment |= {"PYTHONNOUSERSITE": "1"}
-    environment.pop("PYTHONPATH", None)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         copies = [alone(path, folder) for path in longest_first(paths)]
         options = f"--nbval-kernel-name {KERNEL} --rootdir {folder}"
         options += f" -c {ROOT}/pyproject.toml -p no:cacheprovider"
         step = command(f"{COMPARE} {options}", copies)
-        return subprocess.run(step, cwd=folder, env=environment).returncode
+        return subprocess.run(step, cwd=folder, env=environment()).returncode
 
 
 def main() -> int:
