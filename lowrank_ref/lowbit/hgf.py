@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_ref.core.actions import Action
-from lowrank_ref.core.checks import check_integer, check_number, check_rank
+from lowrank_ref.core.checks import check_finite, check_integer, check_number, check_rank
 from lowrank_ref.core.layers import weight_of
 from lowrank_ref.core.registry import PaperInfo
 from lowrank_ref.lowbit import fast
@@ -159,18 +159,17 @@ class HGFLinear(KeepsWide):
 
     @torch.no_grad()
     def fold_gate(self, dtype: torch.dtype = torch.float16) -> None:
-        """Write g into B and store A and B in 16 bits, for inference: the same function to rounding. In place."""
-        self.B.data, self.A.data = (self.gate() * self.B).to(dtype), self.A.to(dtype)
+        """Write g into B and store A and B in 16 bits, for inference, in place. ValueError: a number is too large."""
+        B, A = (self.gate() * self.B).to(dtype), self.A.to(dtype)
+        check_finite("g·B", B)
+        check_finite("A", A)
+        self.B.data, self.A.data = B, A
         self.open.zero_(), self.held.fill_(1)
         self.requires_grad_(False)
 
 
 def hgf_layers(model: nn.Module) -> list[HGFLinear]:
-    """Return all gated layers of a model.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Return all gated layers of a model. ValueError: there is none."""
     layers = [module for module in model.modules() if isinstance(module, HGFLinear)]
     if not layers:
         raise ValueError("model: got no HGFLinear, wanted at least one")

@@ -130,6 +130,11 @@ def test_folding_keeps_the_function_and_halves_the_factors():
     assert made.A.nbytes + made.B.nbytes == hgf.correction_bytes(M, N, 3) == 2 * 3 * (M + N)
     torch.testing.assert_close(made(x), y, rtol=1e-2, atol=1e-2)
     assert not any(p.requires_grad for p in made.parameters())
+    large = moved(dtype=torch.float32)
+    large.B.data[0, 0], before = 1e6, large.A
+    with pytest.raises(ValueError, match="g·B: got 1 NaN or infinite entries"):
+        large.fold_gate()
+    assert large.A is before and large.A.dtype == large.B.dtype == torch.float32 and large.open == 1
 
 
 def test_packing_keeps_the_correction():
