@@ -42,12 +42,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def prefix_product(A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], rank: int) -> Float[Tensor, "m n"]:
-    """Return B[:, :b]·A[:b], the weight after a cut at b = rank, 1 <= rank <= r.
-
-    Example:
-        >>> prefix_product(torch.tensor([[1.0, 2.0], [5.0, 5.0]]), torch.tensor([[3.0, 1.0], [0.0, 1.0]]), 1).tolist()
-        [[3.0, 6.0], [0.0, 0.0]]
-    """
+    """Return B[:, :b]·A[:b], the weight after a cut at b = rank, 1 <= rank <= r."""
     check_rank(rank, (B.shape[1], A.shape[0]))
     return B[:, :rank] @ A[:rank]
 
@@ -144,14 +139,18 @@ class MaestroLinear(WeightLayer):
     """A linear layer as the product of two trained factors, of which the first `width` components act.
 
     Args:
-        A: (r, n); B: (m, r); bias: (m,) or None. The layer trains copies of them.
+        A: (r, n); B: (m, r); bias: (m,) or None. The layer trains copies of them; floating-point matrices that do not
+            fit together, or are none, raise a TypeError or ValueError.
 
     Attributes:
         rank: components kept; it falls from r as training shrinks the layer, and travels in the state dict.
         cut: components in use in training mode, or None for all that are kept. Set by a sampler, not saved.
 
-    Raises:
-        TypeError, ValueError: factors that are no floating-point matrices, or do not fit together.
+    Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.compression import MaestroLinear
+        >>> MaestroLinear.from_linear(nn.Linear(8, 6)).plain(rank=1)[0]
+        Linear(in_features=8, out_features=1, bias=False)
     """
 
     is_product, weight = True, property(lambda self: self.dense_weight(self.width))

@@ -22,6 +22,13 @@ class MaestroConv2d(MaestroLinear):
     Args:
         A: (r, C·k·k); B: (m, r); bias: (m,) or None.
         like: the convolution whose kernel size, stride, padding and dilation to take.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.compression import MaestroConv2d
+        >>> layer = MaestroConv2d.from_conv2d(nn.Conv2d(3, 4, kernel_size=3))
+        >>> layer.rank, [tuple(conv.weight.shape) for conv in layer.plain(rank=1)]
+        (4, [(1, 3, 3, 3), (4, 1, 1, 1)])
     """
 
     def __init__(self, A: Tensor, B: Tensor, bias: Tensor | None, *, like: nn.Conv2d) -> None:
