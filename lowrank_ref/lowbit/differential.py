@@ -82,7 +82,7 @@ class DifferentialAttention(nn.Module):
 
     Example:
         >>> import torch
-        >>> from lowrank_ref.lab.models import Attention
+        >>> from lowrank_ref.lab.models.transformer import Attention
         >>> from lowrank_ref.lowbit import DifferentialAttention
         >>> layer = DifferentialAttention(Attention(16, 4, causal=True), depth=0)
         >>> layer.heads, layer(torch.randn(2, 5, 16)).shape
