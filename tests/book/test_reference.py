@@ -3,6 +3,7 @@
 import json
 
 import api_pages
+import registry_pages
 from docstrings import blocks_kept, linked, summary
 from finish_pages import searchable
 from reading import needs_pages, soup
@@ -107,3 +108,17 @@ def test_inherited_members_are_shown():
     home = "lowrank_ref.ranks.sora"
     assert {f"{home}.ProximalGates.attach", f"{home}.SoRALinear.merged"} <= ids
     assert f"{home}.SoRALinear.requires_grad_" not in ids
+
+
+def test_the_best_rate_is_that_of_the_lowest_mean():
+    losses = {0.1: (1.0, 4.0), 0.2: (2.0, 2.0), 0.4: (0.5, 5.0)}
+    rows = [{"method": "a", "lr": lr, "loss": loss} for lr, both in losses.items() for loss in both]
+    rows += [{"method": "b", "lr": 0.8, "loss": 0.0}]
+    assert registry_pages.best_rate(rows, "a", "loss") == (0.2, True)
+    assert registry_pages.best_rate(rows[:4], "a", "loss") == (0.2, False)
+
+
+@needs_pages
+def test_the_chooser_tells_a_rate_for_each_sweep():
+    rows = soup("chooser.html").select('[aria-label="Learning rates"] tbody tr')
+    assert [row.a.get_text() for row in rows] == [papers()[key].name for key in registry_pages.SWEEPS]
