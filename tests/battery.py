@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lowrank_ref
-from lowrank_ref.adapters import DoRALinear, PiSSALinear
+from lowrank_ref.adapters import DoRALinear, PiSSALinear, SingularCoreLinear
 from lowrank_ref.compression import JointRankSampler, MaestroLinear, RankSampler, RankShrinker, decompose
 from lowrank_ref.core.actions import Action
 from lowrank_ref.core.layers import replace_linears
@@ -31,9 +31,9 @@ from lowrank_ref.robustness import GradientProjection
 M, N = 10, 12
 #: Where and in which precision the cases live, read at every call. `gpu/` sets others.
 DEVICE, DTYPE = "cpu", torch.float64
-#: Name -> adapter(base, generator=...), with its default options. DoRA and PiSSA have no card of their own.
+#: Name -> adapter(base, generator=...), with its default options. DoRA, PiSSA and the core have no card of their own.
 LAYERS = {name: make for info in papers().values() for name, make in info.layers.items()}
-LAYERS |= {"DoRALinear": DoRALinear, "PiSSALinear": PiSSALinear}
+LAYERS |= {"DoRALinear": DoRALinear, "PiSSALinear": PiSSALinear, "SingularCoreLinear": SingularCoreLinear}
 #: Name -> numbers it trains on an (m, n) layer, by the formula of its docstring.
 COUNTS = {
     "LoRALinear": lambda m, n: 8 * (m + n),
@@ -42,11 +42,13 @@ COUNTS = {
     "MPSLinear": lambda m, n: 8 * m + 8 * 3 * 4 + 4 * 4,  # n = 12 = 3·4
     "RandLoRALinear": lambda m, n: -(-min(m, n) // 8) * (8 + min(m, n)),
     "SoRALinear": lambda m, n: 8 * (m + n + 1),
+    "SVFitLinear": lambda m, n: min(m, n),
+    "SingularCoreLinear": lambda m, n: min(m, n) ** 2,
 }
 #: Adapters that do not start at the base model, each with the reason.
 STARTS_ELSEWHERE: dict[str, str] = {}
 #: Adapters without randomness: the generator changes nothing.
-NOT_RANDOM = {"PiSSALinear"}
+NOT_RANDOM = {"PiSSALinear", "SVFitLinear", "SingularCoreLinear"}
 #: Name -> layer(base, generator=...) of those that are the weight themselves.
 WEIGHT_LAYERS = {
     "SLTrainLinear": partial(SLTrainLinear.from_linear, rank=4, density=0.2),

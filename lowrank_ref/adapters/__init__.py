@@ -3,6 +3,7 @@
 Papers:
 
     lora            W stays, a low-rank correction s·B·A is trained beside it
+    svfit           the singular values of W trained, its singular vectors frozen
     randlora        a full-rank update out of frozen random bases and trained diagonals
 
 Companions:
@@ -11,6 +12,8 @@ Companions:
     embedding_conv  LoRA on embeddings and convolutions
     peft_format     exchange with huggingface/peft's folders
     randlora_bases  RandLoRA's frozen random matrices
+    singular_core   SVFit with an r × r matrix in place of its r values: a control, and LoRA-XS
+    singular_pairs  which singular vectors SVFit trains, and its controls
 """
 
 from lowrank_ref.adapters.dora_pissa import DoRALinear, PiSSALinear
@@ -18,6 +21,8 @@ from lowrank_ref.adapters.embedding_conv import LoRAConv2d, LoRAEmbedding
 from lowrank_ref.adapters.lora import LoRALinear, lora_plus_groups, lora_scaling, rslora_scaling
 from lowrank_ref.adapters.peft_format import load_peft, save_peft
 from lowrank_ref.adapters.randlora import RandLoRALinear
+from lowrank_ref.adapters.singular_core import SingularCoreLinear
+from lowrank_ref.adapters.svfit import SVFitLinear
 
 __all__ = [
     "DoRALinear",
@@ -26,6 +31,8 @@ __all__ = [
     "LoRALinear",
     "PiSSALinear",
     "RandLoRALinear",
+    "SVFitLinear",
+    "SingularCoreLinear",
     "load_peft",
     "lora_plus_groups",
     "lora_scaling",
