@@ -246,5 +246,5 @@ PAPER = PaperInfo(
     ),
     aliases=("ordered dropout", "low-rank ordered decomposition", "LoD", "progressive shrinking", "nested networks"),
     status="draft",
-    verified="2026-11-24",
+    verified="2026-11-28",
 )
