@@ -21,7 +21,7 @@ class RankSampler(Action):
     """Ordered dropout on ranks: cut one layer in each step, so that all (layer, b) come once a pass, mixed.
 
     The first cut is set here, the next after every step of the optimizer. Cuts act in training mode only. A new pass
-    begins when one is over and when a layer has shrunk; the official sampler also begins one with every epoch.
+    begins when one is over and when a layer has shrunk; the official one, if it shrinks, with every epoch.
 
     Args:
         model: holds at least one Maestro layer.

@@ -30,7 +30,6 @@ TOO_LONG = [
     "lowbit/hgf",
     "adapters/randlora",
     "analysis/artificial_entanglement",
-    "compression/maestro",
     "optimizers/galore",
     "pretraining/sltrain",
     "ranks/sora",
