@@ -57,6 +57,13 @@ class DoRALinear(LoRALinear):
     Same arguments as `LoRALinear`; m more trained numbers. A step costs what a trained layer costs: its backward needs
     the gradient of the whole weight. A weight with a zero row, which has no direction, raises a ValueError, and so does
     a first forward on another weight than the layer was built on.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.adapters import DoRALinear
+        >>> layer = DoRALinear(nn.Linear(4, 3), rank=2)
+        >>> {name: tuple(p.shape) for name, p in layer.adapter_parameters().items()}
+        {'A': (2, 4), 'B': (3, 2), 'magnitude': (3,)}
     """
 
     adapter_names = ("A", "B", "magnitude")
@@ -94,6 +101,14 @@ class PiSSALinear(LoRALinear):
     """LoRA that starts A and B at the principal singular triples of W, and subtracts that start (arXiv 2404.02948).
 
     Same arguments as `LoRALinear`; no randomness. Exported, it is an ordinary LoRA of rank 2r.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.adapters import PiSSALinear
+        >>> layer = PiSSALinear(nn.Linear(4, 3), rank=2)
+        >>> A, B, scale = layer.lora_factors()
+        >>> A.shape, B.shape
+        (torch.Size([4, 4]), torch.Size([3, 4]))
     """
 
     starts_from_weight = True

@@ -111,10 +111,15 @@ class LoRALinear(AdaptedLinear):
         scaling: `lora_scaling` or `rslora_scaling`.
         generator: source of A.
 
+    A subclass that changes the update overrides `delta_weight`, `update` and `step_factors` together: a merge uses the
+    first, forward one of the other two.
+
     Raises:
         TypeError, ValueError: base is no floating-point linear layer; rank, alpha or dropout out of range.
 
     Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.adapters import LoRALinear
         >>> layer = LoRALinear(nn.Linear(4, 3), rank=2, alpha=4)
         >>> layer.delta_weight().abs().max().item(), layer.scale
         (0.0, 2.0)

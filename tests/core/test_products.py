@@ -26,6 +26,7 @@ from lowrank_ref.core.products import (
     randlora_linear,
     row_norms,
     through_delta,
+    through_weight,
 )
 from lowrank_ref.ranks import SoRALinear
 
@@ -213,6 +214,83 @@ def test_half_precision_is_close_and_dtypes_are_those_of_a_linear_layer(name, dt
         assert (got.double() - exact).norm() <= (0.02 if half else 1e-5) * exact.norm()
 
 
+# LoRA under autocast through W + s·BA, where the rank is large.
+
+
+def thick(rank, weight_dtype=torch.float32):
+    """x, W, bias, A and B of a (48, 40) layer; through the weight from rank 8 on."""
+    parts = gaussian(64, 40, seed=7), gaussian(48, 40) / 6, gaussian(48, seed=1), gaussian(rank, 40, seed=2) / 6
+    x, W, bias, A, B = (t.float() for t in (*parts, gaussian(48, rank, seed=3) / 6))
+    return [t.requires_grad_() for t in (x, W.to(weight_dtype), bias, A, B)]
+
+
+@pytest.mark.parametrize("rank, through", [(7, False), (8, True), (20, True)])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_both_ways_are_close_to_the_definition(rank, through, x_dtype):
+    assert through_weight(rank, 48, 40) == through
+    tensors = thick(rank)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    z = F.linear(*exact[:3]) + lora_update(exact[0], *exact[3:], 0.7)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(tensors[0].to(x_dtype), *tensors[1:], 0.7)
+        y.float().square().sum().backward()  # also inside the context, as many training loops do
+    z.square().sum().backward()
+    assert y.dtype == torch.bfloat16
+    for t, e in zip([y, *(t.grad for t in tensors)], [z, *(e.grad for e in exact)]):
+        assert (t.double() - e).norm() <= 0.02 * e.norm()
+    assert all(t.grad.dtype == t.dtype for t in tensors)
+    assert torch.equal(y.grad_fn(torch.zeros_like(y))[0], torch.zeros_like(tensors[0].to(x_dtype)))
+
+
+def test_through_the_weight_the_sum_is_rounded_once_and_only_where_the_weight_is_rounded_anyway():
+    x, W, _, A, B = (t.detach() for t in thick(20))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, dense = lora_linear(x, W, None, A, B, 0.7), F.linear(x, W + 0.7 * (B.double() @ A.double()).float())
+        assert torch.equal(lora_linear(x, W, None, A, 0 * B, 0.7), F.linear(x, W))  # starts at the base
+        half = lora_linear(x, W.bfloat16(), None, A, B, 0.7)
+    torch.testing.assert_close(got, dense, rtol=0.02, atol=0.02)
+    assert (got == dense).float().mean() > 0.95
+    exact = F.linear(x.double(), W.bfloat16().double()) + 0.7 * (x.double() @ A.double().T @ B.double().T)
+    assert (half - exact).norm() < 0.005 * exact.norm()  # a bfloat16 weight keeps a product of its own for the update
+
+
+def test_through_weight_is_the_smaller_count_of_flops_for_many_tokens():
+    for m, n, r in [(512, 512, 85), (512, 512, 86), (1376, 512, 124), (1376, 512, 125), (8, 8, 1), (8, 8, 2)]:
+        assert through_weight(r, m, n) == (6 * m * n < 4 * m * n + 6 * r * (m + n))
+
+
+@pytest.mark.parametrize("rank, forward, backward", [(8, 4, 6), (4, 7, 10)])
+def test_a_step_takes_few_operators(rank, forward, backward):
+    """Under autocast, with a float32 base. A dense layer takes 3 and 4, and a weight's worth of Adam."""
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        names: list = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            free = function.is_view or any(name in str(function) for name in ("empty", "detach", "_unsafe_view"))
+            self.names += [] if free else [str(function)]
+            return function(*args, **(kwargs or {}))
+
+    layer, x = LoRALinear(nn.Linear(40, 48, bias=False), rank), gaussian(64, 40).float().requires_grad_()
+    with Count() as count:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        ahead, dy = len(count.names), torch.ones_like(y)
+        y.backward(dy)
+    assert (ahead, len(count.names) - ahead - 1) == (forward, backward), count.names
+
+
+@pytest.mark.parametrize("rank", [4, 20])
+def test_bfloat16_inputs_under_autocast_take_the_fast_way_too(rank):
+    layer, x = LoRALinear(nn.Linear(40, 48), rank), gaussian(5, 40).bfloat16()
+    assert not is_plain(layer.base, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_plain(layer.base, x) and layer.as_one(x)
+        assert torch.equal(layer(x), layer.base(x))
+        with pytest.raises(RuntimeError):
+            layer(torch.ones(5, 40, dtype=torch.int64))
+
+
 def test_computing_dtype():
     x = torch.ones(2)
     assert computing_dtype(x) == torch.float32 and computing_dtype(x.bfloat16()) == torch.bfloat16
@@ -322,7 +400,8 @@ def test_is_plain():
     assert is_plain(nn.Linear(3, 3), x) and is_plain(Conv1D(3, 3), x)
     assert not is_plain(Doubled(3, 3), x) and not is_plain(nn.Linear(3, 3).double(), x)
     parametrized = nn.utils.parametrizations.orthogonal(nn.Linear(3, 3))
-    assert not is_plain(parametrized, x)
+    assert not is_plain(parametrized, x) and not is_plain(nn.Linear(3, 3).half(), x.half())
+    assert not is_plain(nn.Linear(3, 3), x.long()) and not is_plain(nn.Linear(3, 3), x.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
         assert is_plain(nn.Linear(3, 3).bfloat16(), x)
 
