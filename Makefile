@@ -2,8 +2,10 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALLED := .venv/.installed
+# Python compiles what it imports; compiling all that is installed takes a minute more.
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help book test unit notebooks fresh lab clean
+.PHONY: help book test ci unit notebooks fresh lab clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | expand -t 12
@@ -15,6 +17,9 @@ book: $(INSTALLED) ## run every chapter and build _build/html
 test: $(INSTALLED) ## all checks: style, types, unit tests, chapters, pages
 	@$(RUN) book/tools/check.py
 
+ci: $(INSTALLED) ## as test, but the chapters in a new environment, as Colab would run them
+	@$(RUN) book/tools/check.py --ci
+
 unit: $(INSTALLED) ## the unit tests only
 	@$(RUN) book/tools/check.py unit
 
@@ -22,7 +27,7 @@ notebooks: $(INSTALLED) ## run the chapters in place and refresh their outputs
 	@$(RUN) tests/benchmarks/bench_comparison.py --out book/results/comparison.json
 	@$(RUN) book/tools/execute.py --in-place
 
-fresh: $(INSTALLED) ## run the chapters as Colab would: alone, with what they install
+fresh: $(INSTALLED) ## run the chapters as Colab would: alone, with what they install; compare their outputs
 	@$(RUN) book/tools/fresh.py
 
 lab: $(INSTALLED) ## open the chapters in JupyterLab
@@ -36,7 +41,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "[1/3] making .venv"
 	@$(PYTHON) -m venv .venv
 	@echo "[2/3] installing torch"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(PIP) torch
 	@echo "[3/3] installing the package, the book's tools and the tests' (some minutes)"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[book,test,peers]"
+	@$(PIP) -e ".[book,test,peers]"
 	@touch $@

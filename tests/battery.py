@@ -1,10 +1,13 @@
 """The cases of the battery, and what they are run on: every adapter and optimizer that a paper's card names.
 
-A new paper adds the parameter count of its adapter to `COUNTS`, or its layer to `WEIGHT_LAYERS`, nothing else.
-`test_battery.py` holds the tests.
+A new paper adds the parameter count of its adapter to `COUNTS`, or its layer to `WEIGHT_LAYERS`, and what acts in its
+training to `ACTIONS`, nothing else. `test_battery.py` holds the tests.
 """
 
+import copy
+import importlib
 import io
+import pkgutil
 from functools import partial
 
 import torch
@@ -12,13 +15,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+import lowrank_ref
 from lowrank_ref.adapters import DoRALinear, PiSSALinear
-from lowrank_ref.compression import MaestroLinear
+from lowrank_ref.compression import JointRankSampler, MaestroLinear, RankSampler, RankShrinker, decompose
+from lowrank_ref.core.actions import Action
 from lowrank_ref.core.layers import replace_linears
 from lowrank_ref.core.registry import papers
-from lowrank_ref.lowbit import BitLinear, HGFLinear
+from lowrank_ref.lowbit import BitLinear, GateSchedule, HGFLinear
 from lowrank_ref.lowbit.ternary import PackedLinear
 from lowrank_ref.pretraining import SLTrainLinear
+from lowrank_ref.ranks import ProximalGates, SoRALinear, SparsifyingSchedule, gate_groups
+from lowrank_ref.robustness import GradientProjection
 
 #: The base layer of all cases: m outputs, n inputs.
 M, N = 10, 12
@@ -104,6 +111,62 @@ def optimizer(name, model):
     """An optimizer in the way of all low-rank ones: matrices with a rank, the rest without. Two steps share a basis."""
     matrices, rest = ([p for p in model.parameters() if (p.ndim == 2) == flat] for flat in (True, False))
     return OPTIMIZERS[name]([{"params": matrices, "rank": 2, "gap": 2}, {"params": rest}])
+
+
+class Twins(nn.Module):
+    """A model and its copy, trained by one optimizer on different losses."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.twin = model, copy.deepcopy(model)
+
+    def forward(self, x):
+        return self.model(x) + 0.3 * self.twin(x.flip(0))
+
+
+def _sora():
+    model = replace_linears(network(), "", partial(SoRALinear, rank=4, generator=seeded()))
+    steps = torch.optim.Adam(gate_groups(model), lr=0.2)
+    return model, steps, [ProximalGates(model, steps, penalty=0.5)]
+
+
+def _schedule():
+    model, steps, [proximal] = _sora()
+    return model, steps, [proximal, SparsifyingSchedule(proximal, [0.1, 0.5, 0.9], first=2, later=2)]
+
+
+def _momentum(model, make):
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), [make(model)]
+
+
+#: Name of an action -> its case: a model, its optimizer, and the actions in the order in which they attach.
+ACTIONS = {
+    "ProximalGates": _sora,
+    "SparsifyingSchedule": _schedule,
+    "RankSampler": lambda: _momentum(decompose(network()), partial(RankSampler, generator=seeded())),
+    "JointRankSampler": lambda: _momentum(decompose(network()), partial(JointRankSampler, generator=seeded())),
+    "RankShrinker": lambda: _momentum(decompose(network()), partial(RankShrinker, threshold=0.5, every=3)),
+    "GateSchedule": lambda: _momentum(
+        replace_linears(network(), "0", partial(HGFLinear, rank=3, generator=seeded()), trainable="2"),
+        partial(GateSchedule, warmup=2, freeze=5),
+    ),
+    "GradientProjection": lambda: _momentum(
+        Twins(network()), lambda both: GradientProjection(both.model, both.twin, every=2)
+    ),
+}
+
+
+def action_names():
+    """Names of all actions that the package defines."""
+    for module in pkgutil.walk_packages(lowrank_ref.__path__, "lowrank_ref."):
+        if not module.name.startswith(("lowrank_ref.kernels", "lowrank_ref.lab")):
+            importlib.import_module(module.name)
+    found, todo = set(), [Action]
+    while todo:
+        todo += todo[0].__subclasses__()
+        kind = todo.pop(0)
+        found |= {kind.__name__} if kind.__module__.startswith("lowrank_ref.") and kind is not Action else set()
+    return found
 
 
 def batch(step, dtype=None, rows=8):

@@ -25,8 +25,8 @@ def bit_linear(*, generator=None, dtype=torch.float64, sub_norm=True):
     return BitLinear(linear(dtype), sub_norm=sub_norm)
 
 
-def hgf_linear(*, generator=None, dtype=torch.float64, gate=0.3):
-    return HGFLinear(linear(dtype), 3, gate=gate, generator=generator)
+def hgf_linear(*, generator=None, dtype=torch.float64, gate=0.3, sub_norm=True):
+    return HGFLinear(linear(dtype), 3, gate=gate, sub_norm=sub_norm, generator=generator)
 
 
 #: Name -> layer(generator=..., dtype=...) from batches of width 12.
@@ -34,6 +34,7 @@ LAYERS = {
     "BitLinear": bit_linear,
     "BitLinear without norm": partial(bit_linear, sub_norm=False),
     "HGFLinear": hgf_linear,
+    "HGFLinear without norm": partial(hgf_linear, sub_norm=False),
     "DifferentialAttention": attention,
 }
 
@@ -56,7 +57,7 @@ def inputs(name, step=0, dtype=torch.float64):
 def train(model, steps, name, rows=slice(None)):
     """Take the given steps with Adam; gates go through all their phases. This process sees `rows` of each batch."""
     inner = getattr(model, "module", model)
-    schedule = [GateSchedule(inner, warmup=1, freeze=3)] if name == "HGFLinear" else []
+    schedule = [GateSchedule(inner, warmup=1, freeze=3)] if name.startswith("HGFLinear") else []
     optimizer = torch.optim.Adam(inner.parameters(), lr=0.01)
     for step in steps:
         optimizer.zero_grad()
@@ -65,7 +66,7 @@ def train(model, steps, name, rows=slice(None)):
         optimizer.step()
         for action in schedule:
             action.step()
-    return [float(found.theta) for found in hgf_layers(inner)] if schedule else []
+    return [found.theta.item() for found in hgf_layers(inner)] if schedule else []
 
 
 def distributed(rank, world, folder):

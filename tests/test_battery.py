@@ -377,6 +377,172 @@ def test_a_foreign_state_is_refused(name):
     assert_equal_optimizers(steps.state_dict(), before)
 
 
+@each_optimizer
+def test_a_key_of_a_group_that_nobody_reads_is_refused(name):
+    with pytest.raises(ValueError, match="params: got unknown 'update_proj_gap'.*wanted some of"):
+        OPTIMIZERS[name]([{"params": list(network().parameters()), "update_proj_gap": 3}])
+
+
+@each_optimizer
+@pytest.mark.parametrize("size", [3e-5, 300.0])
+def test_float16_neither_overflows_nor_vanishes(name, size):
+    """Squares of gradients do: moments and norms have to be wider than the weights."""
+    ends = []
+    for dtype in (torch.float16, torch.float32):
+        model = network(torch.float16).to(dtype)
+        steps = optimizer(name, model)
+        for step in range(4):
+            for i, p in enumerate(model.parameters()):
+                drawn = size * torch.randn(p.shape, generator=seeded(10 * step + i))
+                p.grad = drawn.half().to(p)
+            steps.step()
+        ends.append([p.detach().float() for p in model.parameters()])
+    for got, wanted, start in zip(*ends, network(torch.float16).parameters()):
+        way = (wanted - start.float()).norm()
+        assert (got - wanted).norm() <= 0.02 * way + 4 * 2**-11 * (1 + wanted.norm())
+
+
+@each_optimizer
+def test_a_sparse_gradient_and_a_flattened_parameter_are_named(name):
+    table = nn.Embedding(7, 4, sparse=True).to(battery.DEVICE)
+    steps = OPTIMIZERS[name](list(table.parameters()))
+    table(torch.tensor([1, 2], device=battery.DEVICE)).sum().backward()
+    with pytest.raises(ValueError, match="grad: got a sparse gradient"):
+        steps.step()
+    model = network()
+    steps = optimizer(name, model)
+    train(model, steps, range(1))
+    before = copy.deepcopy(model.state_dict())
+    loss(model, batch(1)).backward()
+    W = model[2].weight
+    W.data, W.grad = W.data.flatten(), W.grad.flatten()
+    with pytest.raises(ValueError, match=r"params: got shape \(60,\), wanted \(6, 10\)"):
+        steps.step()
+    W.data = W.data.view(6, 10)
+    assert_equal_states(model.state_dict(), before)
+
+
+@each_optimizer
+def test_gradients_of_zeros_decide_no_basis(name):
+    """As of a layer behind a zero-initialised head. Vectors take plain steps, which count zeros; here they rest."""
+    ends = []
+    for zeros in (0, 1, 3):
+        model = network()
+        steps = optimizer(name, model)
+        for p in model.parameters():
+            p.requires_grad_(p.ndim == 2)
+            p.grad = torch.zeros_like(p) if p.ndim == 2 else None
+        for _ in range(zeros):
+            steps.step()
+        assert_equal_states(model.state_dict(), network().state_dict())
+        train(model, steps, range(4))
+        ends.append(model.state_dict())
+    assert_equal_states(ends[1], ends[0])
+    assert_equal_states(ends[2], ends[0])
+
+
+# Actions.
+
+each_action = pytest.mark.parametrize("name", battery.ACTIONS)
+
+
+def acting(name, attached, times=range(7), wrap=None, saved=None):
+    """Train a case of an action along a rate that falls to 0; return (model, optimizer, schedule, actions)."""
+    model, steps, actions = battery.ACTIONS[name]()
+    schedule = torch.optim.lr_scheduler.LambdaLR(steps, lambda t: max(0.0, 1 - t / 6))
+    if saved is not None:
+        for part, state in zip((model, steps, schedule, *actions), saved):
+            part.load_state_dict(state)
+    steps = steps if wrap is None else wrap(steps)
+    for action in actions if attached else ():
+        assert action.attach(steps) is action and action.attached
+    for step in times:
+        steps.zero_grad()
+        loss(model, batch(step)).backward()
+        steps.step()
+        for action in () if attached else actions:
+            action.step()
+        schedule.step()
+    return model, steps, schedule, actions
+
+
+def assert_equal_runs(one, other):
+    assert_equal_states(one[0].state_dict(), other[0].state_dict())
+    for mine, its in zip(one[3], other[3]):
+        torch.testing.assert_close(mine.state_dict(), its.state_dict(), rtol=0, atol=0)
+
+
+def test_every_action_of_the_package_has_a_case():
+    assert battery.action_names() == set(battery.ACTIONS)
+
+
+@each_action
+def test_an_attached_action_acts_as_by_hand_in_the_right_place(name):
+    run = acting(name, True)
+    assert_equal_runs(run, acting(name, False))
+    alone, steps, _ = battery.ACTIONS[name]()
+    schedule = torch.optim.lr_scheduler.LambdaLR(steps, lambda t: max(0.0, 1 - t / 6))
+    for step in range(7):
+        train(alone, steps, [step])
+        schedule.step()
+    assert any(str(value) != str(run[0].state_dict()[key]) for key, value in alone.state_dict().items())
+
+
+@each_action
+def test_an_attached_action_refuses_a_call_by_hand(name):
+    model, steps, _, actions = acting(name, True, range(3))
+    before = copy.deepcopy((model.state_dict(), [action.state_dict() for action in actions]))
+    for action in actions:
+        with pytest.raises(RuntimeError, match=f"this {type(action).__name__} is attached"):
+            action.step()
+        with pytest.raises(RuntimeError, match="attached already"):
+            action.attach(steps)
+    after = (model.state_dict(), [action.state_dict() for action in actions])
+    assert str(after) == str(before)
+    for action in actions:
+        action.detach()
+    assert not any(action.attached for action in actions)
+    steps.zero_grad()
+    steps.step()  # nothing acts any more
+    assert str([action.state_dict() for action in actions]) == str(before[1])
+    for action in actions:
+        action.step()
+
+
+@each_action
+def test_a_run_with_an_attached_action_resumes_to_the_bit(name, tmp_path):
+    first = acting(name, True, range(3))
+    torch.save([part.state_dict() for part in (*first[:3], *first[3])], tmp_path / "x")
+    saved = torch.load(tmp_path / "x", weights_only=True)
+    assert_equal_runs(acting(name, True, range(3, 7), saved=saved), acting(name, True))
+
+
+@each_action
+def test_the_state_of_another_action_is_refused(name):
+    model, _, _, actions = acting(name, True, range(3))
+    before = str((model.state_dict(), actions[-1].state_dict()))
+    for state in ({}, {"other": 1}, {**actions[-1].state_dict(), "more": 1}):
+        with pytest.raises(ValueError, match="state"):
+            actions[-1].load_state_dict(state)
+    assert str((model.state_dict(), actions[-1].state_dict())) == before
+
+
+@each_action
+def test_a_copy_of_an_attached_action_is_not_attached(name):
+    model, steps, _, actions = acting(name, True, range(3))
+    *_, twins = copy.deepcopy((model, steps, actions))
+    assert all(action.attached for action in actions) and not any(twin.attached for twin in twins)
+    for action, twin in zip(actions, twins):
+        torch.testing.assert_close(twin.state_dict(), action.state_dict(), rtol=0, atol=0)
+        twin.step()
+
+
+@each_action
+def test_an_action_attaches_through_accelerates_wrapper(name):
+    accelerate = pytest.importorskip("accelerate")
+    assert_equal_runs(acting(name, True, wrap=accelerate.Accelerator(cpu=True).prepare), acting(name, True))
+
+
 # Two processes.
 
 

@@ -23,7 +23,7 @@ from lowrank_ref.adapters import (
 from lowrank_ref.compression import MaestroConv2d, MaestroLinear
 from lowrank_ref.core.layers import replace_linears
 from lowrank_ref.lab.models import GPT
-from lowrank_ref.lowbit import BitLinear, HGFLinear
+from lowrank_ref.lowbit import BitLinear, HGFLinear, PackedLinear
 from lowrank_ref.pretraining import SLTrainLinear
 from lowrank_ref.ranks import SoRALinear
 
@@ -101,11 +101,32 @@ def test_under_autocast(name):
 @pytest.mark.parametrize("name", ["LoRA", "DoRA", "RandLoRA, fused"])
 def test_one_graph_for_every_batch_size(name):
     layer = moved(LINEAR[name](linear(), generator=seeded()))
+    layer(batch(0, rows=3))  # the first eager call of a DoRA layer looks at its start, once
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     compiled(batch(0, rows=7)).sum().backward()
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows in (5, 30, 11):
             torch.testing.assert_close(compiled(batch(0, rows=rows)), layer(batch(0, rows=rows)), rtol=0, atol=1e-12)
+
+
+TERNARY = {
+    "BitLinear": lambda: BitLinear(linear(), sub_norm=False),
+    "HGFLinear": lambda: HGFLinear(linear(), 3, generator=seeded()),
+    "PackedLinear": lambda: PackedLinear(BitLinear(linear(), sub_norm=False)),
+}
+
+
+@pytest.mark.parametrize("name", TERNARY)
+def test_one_graph_of_a_low_bit_layer_for_every_batch_size_and_no_other_width(name):
+    layer = TERNARY[name]()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled(batch(0, rows=7))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (5, 30, 11):
+            torch.testing.assert_close(compiled(batch(0, rows=rows)), layer(batch(0, rows=rows)), rtol=0, atol=1e-12)
+    for wrong in (batch(0)[:, 1:], batch(0).long()):
+        with pytest.raises(Exception, match="x: got"):
+            compiled(wrong)
 
 
 @pytest.mark.parametrize("name, weights", [("LoRA", 1), ("DoRA", 2)])

@@ -1,8 +1,8 @@
-"""What stands under a paper's title, made from its card and from measured data.
+"""One quiet line below a chapter's picture, made from its card and from measured data.
 
-Badges (state, time, GPU, Colab, source, tests, arXiv, download), what to read before,
-what changed, and how to cite. A page `<part>/<key>` is a paper's chapter if
-`lowrank_ref.<part>.<key>` has a `PAPER`.
+Times, state and GPU; what to read before; Colab, download, source, tests, arXiv; what
+changed and how to cite, which open in place. A page `<part>/<key>` is a paper's chapter
+if `lowrank_ref.<part>.<key>` has a `PAPER`.
 """
 
 import json
@@ -10,6 +10,7 @@ import sys
 from html import escape
 from pathlib import Path
 
+import nbformat
 import yaml
 from docutils import nodes
 from pybtex.database import parse_file
@@ -21,10 +22,11 @@ from lowrank_ref.core.registry import PaperInfo, papers
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import links
+import reading_time
 
 
 class ChapterHeader(SphinxTransform):
-    """Insert the header after the title, and what the page can be searched by."""
+    """Insert the line below the picture, and what the page can be searched by."""
 
     default_priority = 600  # after the page is parsed, before indices are collected
 
@@ -35,18 +37,26 @@ class ChapterHeader(SphinxTransform):
         if paper is None or title is None:
             return
         section, book = title.parent, Path(self.env.srcdir)
-        header = [
-            search_entries(paper, section["ids"][0]),
-            html(badges(name, paper, book)),
-            before_you_read(name, paper),
-            html(what_changed(paper)),
-            *cite(paper, book / "references.bib"),
-        ]
-        place = section.index(title) + 1
-        section[place:place] = header
+        section.insert(
+            section.index(title) + 1, search_entries(paper, section["ids"][0])
+        )
+        picture = first_picture(self.document) or title
+        place = picture.parent.index(picture) + 1
+        picture.parent[place:place] = quiet_line(name, paper, book)
         keywords = ", ".join([paper.title, f"arXiv:{paper.arxiv}", *paper.aliases])
         for meta, content in (("description", paper.summary), ("keywords", keywords)):
             self.document.insert(0, nodes.meta("", name=meta, content=content))
+
+
+def first_picture(document: nodes.document) -> nodes.Element | None:
+    """The cell that shows the first explorer."""
+    for raw in document.findall(nodes.raw):
+        if 'class="lr-explore"' in raw.astext():
+            cell = raw
+            while cell and cell.get("nb_element") != "cell_code":
+                cell = cell.parent
+            return cell
+    return None
 
 
 def chapters() -> dict[str, PaperInfo]:
@@ -77,58 +87,61 @@ def timing(book: Path, name: str) -> dict[str, str | int]:
     return json.loads(path.read_text()).get(name, {}) if path.exists() else {}
 
 
-def badges(name: str, paper: PaperInfo, book: Path) -> str:
-    """Facts first, then plain links."""
-    state = " ".join(filter(None, [paper.status, paper.verified]))
-    facts = [(f"state-{paper.status}", f"State: {state}")]
+def quiet_line(name: str, paper: PaperInfo, book: Path) -> list[nodes.Node]:
+    """Facts, what to read before, links, and two folds, as one list."""
+    out = [html('<ul class="badges" aria-label="About this chapter">')]
+    for css, text in facts(name, paper, book):
+        out.append(html(f'<li class="{css}">{escape(text)}</li>'))
+    out += before(name, paper)
+    for text, address in targets(name, paper):
+        out.append(html(f'<li><a href="{escape(address)}">{escape(text)}</a></li>'))
+    return [*out, html(what_changed(paper)), *cite(paper, book), html("</ul>")]
+
+
+def facts(name: str, paper: PaperInfo, book: Path) -> list[tuple[str, str]]:
+    """Class and text of what was measured or checked."""
+    notebook = nbformat.read(book / f"{name}.ipynb", as_version=4)
+    found = [("reading", f"Reads in {reading_time.said(notebook)}")]
     if took := timing(book, name):
-        facts.append(("time", f"Runs in {took['seconds']} s on a {took['hardware']}"))
-    if found := gpus(book, paper.key):
-        facts.append(("gpu", f"GPU results: {', '.join(found)}"))
+        found.append(("time", f"runs in {took['seconds']} s on a {took['hardware']}"))
+    if hardware := gpus(book, paper.key):
+        found.append(("gpu", f"GPU results: {', '.join(hardware)}"))
+    state = " ".join(filter(None, [paper.status, paper.verified]))
+    return [*found, (f"state-{paper.status}", f"state: {state}")]
+
+
+def targets(name: str, paper: PaperInfo) -> list[tuple[str, str]]:
+    """Text and address of each link."""
     to_root = "../" * name.count("/")
-    targets = [
+    return [
         ("Open in Colab", links.colab(f"book/{name}.ipynb")),
         ("Notebook", f"{to_root}_sources/{name}.ipynb"),
         ("Source", links.source(f"lowrank_ref/{name}.py")),
         ("Tests", links.source(f"tests/{paper.part}/test_{paper.key}.py")),
         (f"arXiv:{paper.arxiv}", f"https://arxiv.org/abs/{paper.arxiv}"),
     ]
-    cells = [
-        f'<li><span class="{css}">{escape(text)}</span></li>' for css, text in facts
-    ]
-    cells += [
-        f'<li><a href="{escape(u)}">{escape(text)}</a></li>' for text, u in targets
-    ]
-    return f'<ul class="badges" aria-label="About this chapter">{"".join(cells)}</ul>'
 
 
-def before_you_read(name: str, paper: PaperInfo) -> nodes.Node:
-    """A box with a link to each chapter that this one builds on."""
-    box = nodes.admonition("", nodes.title("", "Before you read"), classes=["before"])
+def before(name: str, paper: PaperInfo) -> list[nodes.Node]:
+    """A link to each chapter that this one builds on."""
     if not paper.needs:
-        box += nodes.paragraph("", "This chapter stands alone.")
-        return box
-    cards, items = papers(), nodes.bullet_list()
+        return [html('<li class="needs">stands alone</li>')]
+    cards, line = papers(), nodes.paragraph("", "Read before: ")
     for key in paper.needs:
         card = cards.get(key)
-        page = f"{card.part}/{key}" if card else key
-        text = card.name if card else ""  # a page gives its own title
-        xref = addnodes.pending_xref(
+        if len(line) > 1:
+            line += nodes.Text(", ")
+        line += addnodes.pending_xref(
             "",
-            nodes.inline("", text),
+            nodes.inline("", card.name if card else ""),  # a page gives its own title
             refdoc=name,
             refdomain="std",
             reftype="doc",
-            reftarget=f"/{page}",
+            reftarget=f"/{card.part}/{key}" if card else f"/{key}",
             refexplicit=bool(card),
             refwarn=True,
         )
-        line = nodes.paragraph("", "", xref)
-        if card:
-            line += nodes.Text(f". {card.summary}")
-        items += nodes.list_item("", line)
-    box += items
-    return box
+    return [html('<li class="needs">'), line, html("</li>")]
 
 
 def what_changed(paper: PaperInfo) -> str:
@@ -139,18 +152,19 @@ def what_changed(paper: PaperInfo) -> str:
         f'<li><time datetime="{day}">{day}</time> {escape(text)}</li>'
         for day, text in sorted(paper.changes.items(), reverse=True)
     )
-    fold = '<details class="fold"><summary>What changed</summary><ul>'
-    return f"{fold}{items}</ul></details>"
+    fold = '<li><details class="fold"><summary>What changed</summary><ul>'
+    return f"{fold}{items}</ul></details></li>"
 
 
-def cite(paper: PaperInfo, bibliography: Path) -> list[nodes.Node]:
+def cite(paper: PaperInfo, book: Path) -> list[nodes.Node]:
     """The paper's entry of references.bib and the book's own, folded."""
-    entry = parse_file(bibliography).entries[paper.key].to_string("bibtex").strip()
-    out = [html('<details class="fold"><summary>Cite</summary>')]
+    entries = parse_file(book / "references.bib").entries
+    entry = entries[paper.key].to_string("bibtex").strip()
+    out = [html('<li><details class="fold"><summary>Cite</summary>')]
     for about, text in (("The paper:", entry), ("This book:", book_bibtex())):
         out.append(nodes.paragraph("", about))
         out.append(nodes.literal_block(text, text, language="bibtex"))
-    return [*out, html("</details>")]
+    return [*out, html("</details></li>")]
 
 
 def book_bibtex() -> str:

@@ -101,6 +101,8 @@ def mended(text: str, name: str) -> str:
         '<summary><span class="toctree-toggle"',
         '<summary aria-label="Pages below"><span class="toctree-toggle"',
     )
+    # The line on a fold of code says more than this.
+    text = text.replace(' aria-label="Toggle hidden content"', "")
     # The bibliography names roles, and breaks the rules of these roles.
     text = text.replace('<div role="list" class="citation', '<div class="citation')
     text = text.replace(' role="doc-biblioentry"', "")

@@ -18,10 +18,21 @@ from sphinx.util.docutils import SphinxDirective
 
 from chapter_header import gpus, timing
 from lowrank_ref.core.registry import PARTS, PaperInfo, papers, reading_order
-from lowrank_ref.lab.claims import VERDICTS
+from lowrank_ref.lab.claims import MARK, VERDICTS
+from lowrank_ref.lab.results import older_than_code, stored
+
+#: The columns of a claim table.
+COLUMNS = [
+    "claim",
+    "where",
+    "measured here",
+    "95 % interval, or check",
+    "seeds",
+    "verdict",
+]
 
 #: What a verdict is called in a count.
-SHORT = dict(zip(VERDICTS, ("held", "in part", "too small to tell", "not confirmed")))
+SHORT = dict(zip(VERDICTS, ("held", "in part", "not confirmed", "open")))
 
 
 def page_of(paper: PaperInfo) -> str:
@@ -53,7 +64,7 @@ def experiment(notebook: nbformat.NotebookNode) -> str:
 
 
 def claims_of(notebook: nbformat.NotebookNode) -> list[list[str]]:
-    """Claim, place, measurement and verdict: the rows of the chapter's claim tables."""
+    """Claim, place, measurement, interval or check, seeds and verdict of each claim."""
     rows = []
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
@@ -61,14 +72,30 @@ def claims_of(notebook: nbformat.NotebookNode) -> list[list[str]]:
                 output.get("data", {}).get("text/html", ""), "html.parser"
             )
             for row in page.select("table.claims tbody tr"):
-                rows.append([data.get_text() for data in row.find_all("td")])
+                text = [
+                    data.get_text().replace(MARK, "") for data in row.find_all("td")
+                ]
+                rows.append(text)
     return rows
 
 
 def counted(claims: list[list[str]]) -> str:
     """Such as "2 held, 1 in part"."""
-    verdicts = Counter(row[3] for row in claims)
+    verdicts = Counter(row[-1] for row in claims)
     return ", ".join(f"{verdicts[v]} {SHORT[v]}" for v in VERDICTS if verdicts[v])
+
+
+def told(claims: list[list[str]]) -> str:
+    """The claims that rest on seeds, each with its interval, folded."""
+    items = [
+        f"<li>{escape(claim)}: {escape(interval)}, {seeds} seeds, <b>{verdict}</b></li>"
+        for claim, _, _, interval, seeds, verdict in claims
+        if seeds
+    ]
+    if not items:
+        return ""
+    fold = '<details class="fold"><summary>intervals</summary><ul>'
+    return f"{fold}{''.join(items)}</ul></details>"
 
 
 def table(
@@ -120,7 +147,7 @@ def chooser(book: Path) -> str:
                 f"{named(key)}: {escape(condition)}"
                 for key, condition in paper.instead.items()
             )
-            evidence = link(paper, anchor, counted(claimed) or "read")
+            evidence = link(paper, anchor, counted(claimed) or "read") + told(claimed)
             rows.append([link(paper), escape(paper.use_when), instead, evidence])
         if rows:
             header = ["method", "use it when", "rather", "its claims, measured here"]
@@ -135,12 +162,10 @@ def claims(book: Path) -> str:
     rows = []
     for paper in papers().values():
         anchor, claimed = chapter(notebook_of(book, paper))
-        for claim, where, measured, verdict in claimed:
+        for *words, verdict in claimed:
             told = f'<span class="lr-verdict" data-verdict="{verdict}">{verdict}</span>'
-            rows.append(
-                [link(paper, anchor), *map(escape, (claim, where, measured)), told]
-            )
-    header = ["paper", "claim", "where", "measured here", "verdict"]
+            rows.append([link(paper, anchor), *map(escape, words), told])
+    header = ["paper", *COLUMNS]
     script = '<script defer src="_static/ledger.js"></script>'
     return table(header, rows, "All claims", " data-ledger") + script
 
@@ -157,7 +182,7 @@ def status(book: Path) -> str:
                 rows.append([escape(titles(book)[key]), "planned", "", "", "", ""])
                 continue
             claimed = chapter(notebook_of(book, paper))[1]
-            verdicts.update(row[3] for row in claimed)
+            verdicts.update(row[-1] for row in claimed)
             hardware, time = gpus(book, key), timing(book, f"{part}/{key}")
             on_gpu += bool(hardware)
             rows.append(
@@ -166,13 +191,23 @@ def status(book: Path) -> str:
                     f'{paper.status} <span class="lr-day">{paper.verified}</span>',
                     official(paper),
                     f"{time['seconds']} s" if time else "",
-                    escape(", ".join(hardware)) or "none",
+                    gpu_results(book, key, hardware),
                     counted(claimed).replace(", ", "<br>"),
                 ]
             )
     header = ["paper", "state", "official code", "runs in", "GPU result", "claims"]
     text = table(header, rows, "State of all papers", css=" lr-state")
     return summary(states, on_gpu, verdicts) + text
+
+
+def gpu_results(book: Path, key: str, hardware: list[str]) -> str:
+    """Where a paper was measured on a GPU, and which code is newer than its results."""
+    lines = [escape(", ".join(hardware)) or "none"]
+    for path in sorted((book / "results").glob(f"{key}_*.json")):
+        for part, files in older_than_code(stored(path.stem)).items():
+            names = ", ".join(Path(file).name for file in files)
+            lines.append(escape(f"{path.stem}, {part}: older than {names}"))
+    return "<br>".join(lines)
 
 
 def official(paper: PaperInfo) -> str:

@@ -6,6 +6,7 @@ document.addEventListener("DOMContentLoaded", () => {
   const body = table.tBodies[0], rows = [...body.rows], heads = [...table.tHead.rows[0].cells];
   const names = heads.map((head) => head.textContent.trim());
   const text = (row, column) => row.cells[column].textContent.trim();
+  const last = names.indexOf("verdict");
 
   const bar = document.createElement("div");
   bar.className = "lr-ledger";
@@ -17,7 +18,7 @@ document.addEventListener("DOMContentLoaded", () => {
     '<button type="button">show all</button><span role="status"></span>';
   const [search, select, reset, count] =
     ["input", "select", "button", "[role=status]"].map((s) => bar.querySelector(s));
-  for (const verdict of [...new Set(rows.map((row) => text(row, 4)))].sort()) select.add(new Option(verdict, verdict));
+  for (const verdict of [...new Set(rows.map((row) => text(row, last)))].sort()) select.add(new Option(verdict, verdict));
   table.closest(".lr-scroll").before(bar);
 
   let sorted = "";  // a column's name, after "-" if it falls
@@ -28,7 +29,7 @@ document.addEventListener("DOMContentLoaded", () => {
     let shown = 0;
     for (const row of rows) {
       const whole = row.textContent.toLowerCase();
-      row.hidden = !(words.every((w) => whole.includes(w)) && (!select.value || text(row, 4) === select.value));
+      row.hidden = !(words.every((w) => whole.includes(w)) && (!select.value || text(row, last) === select.value));
       shown += !row.hidden;
     }
     body.append(...order);

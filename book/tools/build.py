@@ -19,7 +19,7 @@ BUILD = ROOT / "_build"
 
 def build(source: Path) -> int:
     """Run Jupyter Book with warnings as errors; return its exit status."""
-    for old in ("html", ".doctrees", "jupyter_execute"):
+    for old in ("html", ".doctrees", "jupyter_execute", "page_report"):
         shutil.rmtree(BUILD / old, ignore_errors=True)
     start = time.perf_counter()
     tool = Path(sys.executable).with_name("jupyter-book")

@@ -1,7 +1,8 @@
 """All checks, the quick ones first. The first that fails ends the run.
 
-python book/tools/check.py            all
+python book/tools/check.py            all but fresh
 python book/tools/check.py unit book  those whose name is given
+python book/tools/check.py --ci       all; the chapters in an environment of their own
 """
 
 import os
@@ -10,44 +11,64 @@ import sys
 import time
 from pathlib import Path
 
-from execute import ENVIRONMENT
-from links import ROOT
+from execute import CELL_BUDGET, ENVIRONMENT, longest_first
+from links import ROOT, chapters
 from lowrank_ref.core.registry import PARTS
 
 #: Packages whose types and shapes are checked: all but the kernels, which Triton reads.
 CHECKED = ",".join(f"lowrank_ref.{part}" for part in ("core", "lab", *PARTS))
+#: Run chapters and compare their outputs with the stored ones. Each stays on one of two
+#: processors. A slow cell is told and does not fail: the limits only end what hangs.
+COMPARE = (
+    f"pytest --nbval --nbval-sanitize-with {ROOT}/tests/nbval_sanitize.cfg"
+    " --nbval-cell-timeout 600 --nbval-kernel-startup-timeout 600"
+    f" --durations 0 --durations-min {CELL_BUDGET}"
+    " -n 2 --dist loadfile --no-loadscope-reorder"
+)
 STEPS = {
     "style": "ruff check .",
     "format": "ruff format --check .",
     "imports": "lint-imports --no-logo",
     "types": "mypy",
     "unit": "pytest lowrank_ref tests --ignore=tests/book --ignore=tests/benchmarks"
-    " --ignore=lowrank_ref/kernels --doctest-modules -n 2"
+    " --ignore=lowrank_ref/kernels --doctest-modules -n 2 --dist worksteal"
     f" --jaxtyping-packages={CHECKED},typed.checked"
     " --cov=lowrank_ref --cov-report=term-missing:skip-covered",
-    "chapters": "pytest book --nbval --nbval-current-env"
-    " --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 120"
-    " -n 2 --dist loadfile",
+    "chapters": f"{COMPARE} --nbval-current-env",
+    "fresh": "python book/tools/fresh.py",
     "book": "python book/tools/build.py",
-    "pages": "pytest tests/book -n 2 --dist loadfile",
+    "pages": "pytest tests/book -n 2 --dist worksteal --durations 20",
 }
 
 
-def main(names: list[str]) -> int:
-    unknown = set(names) - set(STEPS)
-    if unknown:
+def command(step: str, paths: list[Path] | None = None) -> list[str]:
+    """What to start for a step; chapters are named, the longest first."""
+    tool, *arguments = step.split()
+    if step.startswith(COMPARE):
+        arguments += map(str, paths or longest_first(chapters()))
+    return [str(Path(sys.executable).with_name(tool)), *arguments]
+
+
+def wanted(names: list[str]) -> list[str]:
+    """The steps to run. `fresh` is `chapters` in a new environment, so one will do."""
+    if not names or names == ["--ci"]:
+        return [name for name in STEPS if name != ("chapters" if names else "fresh")]
+    if unknown := set(names) - set(STEPS):
         sys.exit(f"{', '.join(sorted(unknown))}: wanted some of {', '.join(STEPS)}")
+    return names
+
+
+def main(names: list[str]) -> int:
     environment = os.environ | ENVIRONMENT
     start = time.perf_counter()
-    for name in names or STEPS:
+    for name in wanted(names):
         elapsed = time.perf_counter() - start
         print(f"\n=== {elapsed:4.0f} s  {name}: {STEPS[name]}", flush=True)
-        tool, *arguments = STEPS[name].split()
-        command = [str(Path(sys.executable).with_name(tool)), *arguments]
-        status = subprocess.run(command, cwd=ROOT, env=environment).returncode
-        if status:
+        done = subprocess.run(command(STEPS[name]), cwd=ROOT, env=environment)
+        if done.returncode:
             print(f"\nFailed: {name}", file=sys.stderr)
-            return status
+            return done.returncode
+    print(f"\n=== {time.perf_counter() - start:4.0f} s  all passed")
     return 0
 
 

@@ -3,9 +3,9 @@
 python book/tools/convert.py chapter.py book/adapters/lora.ipynb
 
 Then `python book/tools/execute.py --in-place book/adapters/lora.ipynb` fills in the outputs.
-Tags and alt texts stand in a cell's first line:
+Tags, caption and alt text stand in a cell's first line:
 
-    # %% tags=["plot"] mystnb={"image": {"alt": "Accuracy rises with rank and flattens at 8."}}
+    # %% tags=["plot", "hide-input"] mystnb={"figure": {"caption": "What to see."}, "image": {"alt": "..."}}
 """  # noqa: E501
 
 import argparse
@@ -22,6 +22,7 @@ from links import install_cell
 
 def with_install_cell(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """Make the install cell the first code cell, right under the title."""
+    notebook.cells = [cell for cell in notebook.cells if cell.source.strip()]
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if code and 'find_spec("lowrank_ref")' in code[0].source:
         cell = code[0]

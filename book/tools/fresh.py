@@ -4,15 +4,16 @@ python book/tools/fresh.py                      all chapters
 python book/tools/fresh.py A.ipynb              some
 python book/tools/fresh.py --python python3.13  with another interpreter
 
-A new virtual environment gets what a notebook service brings along. The first
-chapter's first cell then installs the package, from a wheel of this checkout instead of
-the public address. Each chapter runs in an empty folder outside the checkout.
+A new virtual environment gets what a notebook service brings along. The install cell,
+with which every chapter begins, runs in it once, with a wheel of this checkout instead
+of the public address. Then each chapter runs in an empty folder outside the checkout,
+and its outputs are compared with the stored ones.
 """
 
 import argparse
-import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,61 +22,85 @@ from pathlib import Path
 
 import nbformat
 
-from execute import ENVIRONMENT, report, run_all
-from links import ROOT, chapters, install_target
+from check import COMPARE, command
+from execute import ENVIRONMENT, longest_first
+from links import ROOT, chapters, install_cell, install_target
 
 FRESH = ROOT / "_build" / "fresh"
 CONSTRAINTS = ROOT / "constraints.txt"
 #: What is there before the first cell runs.
 STOCK = ["torch", "numpy", "pandas", "scikit-learn", "matplotlib", "ipykernel"]
+#: Its kernel; a name of its own, so that no other kernel can answer.
+KERNEL = "fresh"
 
 
-def make_environment(interpreter: str) -> tuple[Path, Path]:
-    """Make the environment and the wheel; return its Python and the wheel."""
+def environment() -> dict[str, str]:
+    """Variables with which nothing of the checkout and no other kernel is found."""
+    variables = os.environ | ENVIRONMENT
+    variables.pop("PYTHONPATH", None)
+    return variables | {
+        "JUPYTER_PATH": str(FRESH / "share" / "jupyter"),
+        "PIP_CONSTRAINT": str(CONSTRAINTS),
+        "PIP_NO_COMPILE": "1",  # Python compiles what it imports; all takes a minute
+        "PYTHONNOUSERSITE": "1",
+    }
+
+
+def make_environment(interpreter: str) -> Path:
+    """Make the environment and its kernel; return its Python."""
     subprocess.run([interpreter, "-m", "venv", "--clear", str(FRESH)], check=True)
     python = FRESH / "bin" / "python"
-    pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
     print("[1/3] installing", *STOCK, flush=True)
-    subprocess.run([*pip, "install", "-c", str(CONSTRAINTS), *STOCK], check=True)
-    print("[2/3] building the wheel", flush=True)
-    target = FRESH / "wheel"
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", target, str(ROOT)], check=True)
-    (wheel,) = target.glob("lowrank_ref-*.whl")
-    kernel = FRESH / "share" / "jupyter" / "kernels" / "python3" / "kernel.json"
-    command = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    spec = {"argv": command, "display_name": "fresh", "language": "python"}
+    pip(python, "install", *STOCK)
+    kernel = FRESH / "share" / "jupyter" / "kernels" / KERNEL / "kernel.json"
+    argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {"argv": argv, "display_name": KERNEL, "language": "python"}
+    kernel.parent.mkdir(parents=True)
     kernel.write_text(json.dumps(spec))
-    return python, wheel
+    return python
 
 
-def alone(path: Path, folder: Path, wheel: Path) -> Path:
-    """Copy a chapter into its own folder; its first cell installs the wheel."""
+def pip(python: Path, *arguments: str) -> None:
+    quiet = ["--quiet", "--disable-pip-version-check"]
+    argv = [str(python), "-m", "pip", *quiet, *arguments]
+    subprocess.run(argv, env=environment(), check=True)
+
+
+def install(python: Path) -> None:
+    """Run the install cell with a wheel of this checkout."""
+    print("[2/3] running the install cell", flush=True)
+    folder = FRESH / "wheel"
+    pip(python, "wheel", "--no-deps", "--wheel-dir", str(folder), str(ROOT))
+    (wheel,) = folder.glob("lowrank_ref-*.whl")
+    ours = f"lowrank-ref[book] @ {wheel.as_uri()}"
+    cell = install_cell().replace(install_target(), ours)
+    for step in (["-m", "IPython", "-c", cell], ["-c", "import lowrank_ref"]):
+        argv = [str(python), *step]
+        subprocess.run(argv, cwd=folder, env=environment(), check=True)
+
+
+def alone(path: Path, folder: Path) -> Path:
+    """Copy a chapter into a folder of its own."""
     notebook = nbformat.read(path, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    if install_target() not in first.source:
+    if first.source != install_cell():
         raise ValueError(f"{path}: its first cell does not install the package")
-    ours = f"lowrank-ref[book] @ {wheel.as_uri()}"
-    first.source = first.source.replace(install_target(), ours)
     copy = folder / path.stem / path.name
     copy.parent.mkdir()
-    nbformat.write(notebook, copy)
+    shutil.copy(path, copy)
     return copy
 
 
-def run(paths: list[Path], wheel: Path) -> int:
-    """Run the chapters one after the other; return how many failed."""
-    # Only the new environment's kernel is found, and nothing of the checkout.
-    os.environ |= ENVIRONMENT | {
-        "JUPYTER_PATH": str(FRESH / "share" / "jupyter"),
-        "PIP_CONSTRAINT": str(CONSTRAINTS),
-        "PYTHONNOUSERSITE": "1",
-    }
-    os.environ.pop("PYTHONPATH", None)
+def run(paths: list[Path]) -> int:
+    """Run the chapters, two at a time; return pytest's exit status."""
+    print("[3/3] running the chapters", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
-        copies = [alone(path, folder, wheel) for path in paths]
-        print("[3/3] running the chapters; the first one installs the rest")
-        return report(asyncio.run(run_all(copies, folder, 1)))
+        copies = [alone(path, folder) for path in longest_first(paths)]
+        options = f"--nbval-kernel-name {KERNEL} --rootdir {folder}"
+        options += f" -c {ROOT}/pyproject.toml -p no:cacheprovider"
+        step = command(f"{COMPARE} {options}", copies)
+        return subprocess.run(step, cwd=folder, env=environment()).returncode
 
 
 def main() -> int:
@@ -86,11 +111,14 @@ def main() -> int:
     parser.add_argument("chapter", nargs="*", type=Path, help="default: all")
     options = parser.parse_args()
     start = time.perf_counter()
-    python, wheel = make_environment(options.python)
-    failed = run(options.chapter or chapters(), wheel)
+    python = make_environment(options.python)
+    install(python)
+    print(f"installed in {time.perf_counter() - start:.0f} s")
+    status = run(options.chapter or chapters())
     version = subprocess.check_output([python, "--version"], text=True).strip()
-    print(f"{version}, {time.perf_counter() - start:.0f} s: {failed} failed")
-    return 1 if failed else 0
+    outcome = "FAILED" if status else "ok"
+    print(f"{version}, {time.perf_counter() - start:.0f} s: {outcome}")
+    return status
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 python book/tools/page_report.py
 
-Bytes as they come compressed over the wire; times with the processor slowed down four
-times, so they compare pages on one machine, not machines.
+Bytes as they come compressed over the wire; times compare pages on one machine, not
+machines.
 """
 
 import json
@@ -29,11 +29,15 @@ def rows(report: dict) -> list[tuple[str, ...]]:
 
 
 def main() -> int:
-    path = ROOT / "_build" / "page_report.json"
-    if not path.exists():
-        print("No report: run `pytest tests/book/test_weight.py`.", file=sys.stderr)
+    folder = ROOT / "_build" / "page_report"
+    report = {
+        str(path.relative_to(folder).with_suffix(".html")): json.loads(path.read_text())
+        for path in folder.rglob("*.json")
+    }
+    if not report:
+        print("No report: run `pytest tests/book/test_visit.py`.", file=sys.stderr)
         return 1
-    table = [COLUMNS, *rows(json.loads(path.read_text()))]
+    table = [COLUMNS, *rows(report)]
     widths = [max(map(len, column)) for column in zip(*table)]
     for row in table:
         cells = [cell.rjust(w) for cell, w in zip(row[1:-1], widths[1:-1])]

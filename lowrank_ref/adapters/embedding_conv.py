@@ -91,6 +91,7 @@ class LoRAConv2d(Adapter):
         base: `nn.Conv2d` with groups = 1 (a grouped update cannot be merged).
         rank: r, 1 <= r <= min(out, in·k·k).
         alpha: α > 0; the scale is `scaling(alpha, rank)`.
+        dropout: probability in [0, 1) of zeroing an input of the update (not of the base).
         scaling: `lora_scaling` or `rslora_scaling`.
         generator: source of A.
 
@@ -116,6 +117,7 @@ class LoRAConv2d(Adapter):
         rank: int = 8,
         *,
         alpha: float = 16.0,
+        dropout: float = 0.0,
         scaling: Callable[[float, int], float] = lora_scaling,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -124,9 +126,11 @@ class LoRAConv2d(Adapter):
             raise TypeError(f"base: got {base!r}, wanted nn.Conv2d with groups=1 and no forward of its own")
         check_floating("base.weight", base.weight)
         check_number("alpha", alpha, low=0, open_low=True)
+        check_number("dropout", dropout, low=0, high=1 - 1e-9)
         A, B = init_factors(base.weight.detach().flatten(1), rank, generator)
         super().__init__(base)
         self.rank, self.scale = rank, scaling(alpha, rank)
+        self.dropout = nn.Dropout(dropout).train(base.training)
         self.A = nn.Parameter(A.view(rank, *base.weight.shape[1:]))
         self.B = nn.Parameter(B[:, :, None, None].clone())
 
@@ -135,12 +139,12 @@ class LoRAConv2d(Adapter):
         return delta_weight(self.A.flatten(1), self.B.flatten(1), self.scale).view_as(self.base.weight)
 
     def forward(self, x: Float[Tensor, "*batch in_ h w"]) -> Float[Tensor, "*batch out h2 w2"]:
-        """Return base(x) + s·B(A(x)); padding, stride and dilation belong to A."""
+        """Return base(x) + s·B(A(dropout(x))); padding, stride and dilation belong to A."""
         return self.combined(self.base(x), self.update, x)
 
     def update(self, x: Float[Tensor, "*batch in_ h w"]) -> Float[Tensor, "*batch out h2 w2"]:
-        """Return s·B(A(x))."""
-        return self.scale * F.conv2d(self.base._conv_forward(x, self.A, None), self.B)
+        """Return s·B(A(dropout(x)))."""
+        return self.scale * F.conv2d(self.base._conv_forward(self.dropout(x), self.A, None), self.B)
 
     def extra_repr(self) -> str:
         """Show the rank in `print(model)`."""

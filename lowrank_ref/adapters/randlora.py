@@ -127,6 +127,7 @@ class RandLoRALinear(AdaptedLinear):
     """
 
     adapter_names: tuple[str, ...] = ("lam", "gamma")
+    no_decay = ("gamma",)  # the gradient of Λ is proportional to Γ: at 0 nothing trains
     bases: RandomBases
     recipe: Tensor
 

@@ -16,15 +16,13 @@ Letters: W (m, n), A (r, n), B (m, r), r = min(m, n); "b:" means components b to
 matrix (m, C·k·k). Equations carry no numbers here: they follow the official code, in the letters of this book.
 
 Deviations. Ranks are integers; the official code passes b/r and takes ⌈r·(b/r)⌉, which rounding can raise by one.
-Penalty and importance see the kept components only, so what was dropped cannot come back; there, all stored rows
-count. A layer keeps at least one component. Roots carry +1e-12, since the gradient of √0 is not a number. Left out: the
-distillation pass (off in the official scripts) and plain, not hierarchical norms.
+What was dropped cannot come back; there, a mask may grow again. Dropped rows stay in the penalty, as there. A layer
+keeps at least one component. Roots carry +1e-12, since the gradient of √0 is not a number. Left out: the distillation
+pass (off in the official scripts) and plain, not hierarchical norms.
 
-Cost per layer: r(m+n) trained numbers, at full rank up to twice the mn of the dense layer; cut at b, b(m+n) numbers
-and 2b(m+n) FLOPs a token or place. `deployed` builds the small layers, or the dense one where b(m+n) > mn. Convolutions
-and surgery on models are in `maestro_layers.py`, sampling and shrinking in `maestro_training.py`. Works under DDP if
-every process seeds its sampler alike, and under torch.compile with one graph per width, which suits deployment and not
-the sampler. Not tested under FSDP2.
+Cost per layer: r(m+n) trained numbers, up to twice the dense layer's mn; cut at b, b(m+n) numbers and 2b(m+n) FLOPs a
+token. `deployed` builds small layers, or dense ones where b(m+n) > mn. Convolutions and surgery: `maestro_layers.py`;
+samplers and shrinking: `maestro_training.py`. Works under DDP if all processes seed their sampler alike.
 """
 
 from collections.abc import Sequence
@@ -35,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_ref.core.checks import check_matrix, check_number, check_rank
+from lowrank_ref.core.checks import check_finite, check_matrix, check_number, check_rank
 from lowrank_ref.core.layers import WeightLayer, is_conv1d, linear_like, weight_of
 from lowrank_ref.core.linalg import svd
 from lowrank_ref.core.registry import PaperInfo
@@ -116,12 +114,14 @@ def ranks_within(importances: Sequence[Float[Tensor, " _"]], costs: Sequence[flo
         One rank per layer, each at least 1.
 
     Raises:
-        ValueError: the lengths differ, or one component in every layer is already too much.
+        ValueError: the lengths differ, a number is not finite, or one component in every layer is already too much.
     """
     if not importances or len(importances) != len(costs):
         raise ValueError(f"costs: got {len(costs)}, wanted one for each of {len(importances)} layers, at least one")
-    for cost in costs:
+    for cost, sizes in zip(costs, importances):
         check_number("costs", float(cost), low=0, open_low=True)
+        check_finite("importances", sizes)
+    check_number("budget", budget)
     found = [1] * len(costs)
     if sum(costs) > budget:
         raise ValueError(f"budget: got {budget}, wanted at least {sum(costs)}, the price of rank 1 everywhere")
@@ -242,7 +242,7 @@ PAPER = PaperInfo(
     equations={"cut at b": "prefix_product", "start": "nested_optimum", "R": "group_lasso", "I_b": "importance"},
     deviations=(
         "ranks are passed as integers, not as shares",
-        "penalty and importance see kept components only, and each layer keeps at least one",
+        "what was dropped cannot come back, and each layer keeps at least one component",
     ),
     aliases=("ordered dropout", "low-rank ordered decomposition", "LoD", "progressive shrinking", "nested networks"),
     status="draft",

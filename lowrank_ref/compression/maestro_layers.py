@@ -107,12 +107,15 @@ def maestro_layers(model: nn.Module) -> Iterator[tuple[str, MaestroLinear]]:
 
 
 def penalty(model: nn.Module) -> Float[Tensor, ""]:
-    """Return the hierarchical group lasso R of the kept components, summed over the layers; add λR to the loss.
+    """Return the hierarchical group lasso R, summed over the layers; add λR to the loss.
+
+    All stored components count, dropped ones among them, as in the official code: the importance sums over all rows,
+    and a dropped row that nothing pulls to zero would keep the tails before it large for ever.
 
     Raises:
         ValueError: the model holds no Maestro layer.
     """
-    terms = [group_lasso(*layer.kept()) for _, layer in maestro_layers(model)]
+    terms = [group_lasso(layer.A, layer.B) for _, layer in maestro_layers(model)]
     if not terms:
         raise ValueError(f"model: got {type(model).__name__} without Maestro layer, wanted at least one")
     return torch.stack(terms).sum()

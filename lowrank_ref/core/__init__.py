@@ -1,1 +1,1 @@
-"""Checks, linear algebra, layers and surgery, accounting, registry, files."""
+"""Checks, linear algebra, layers and surgery, actions, groups of optimizers, accounting, registry, files."""

@@ -126,7 +126,7 @@ class Adapter(nn.Module, metaclass=_FreezesLast):
         Raises:
             ValueError: a base that was loaded after the surgery.
         """
-        if torch.compiler.is_compiling() or self._start is None:  # in this order: no guard on what changes
+        if torch.compiler.is_compiling() or self._start is None:
             return
         own, before = self._start
         if own == self._own() and not torch.allclose(before, self._sample(), 0.02, float(before.abs().max()) / 500):

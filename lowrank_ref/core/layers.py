@@ -75,6 +75,7 @@ def replace_modules(
     *,
     accepts: Callable[[nn.Module], bool],
     trainable: Pattern | None = None,
+    own_forward: bool = False,
 ) -> Model:
     """Replace every module that the pattern means and that `accepts` takes, and set what trains.
 
@@ -86,6 +87,7 @@ def replace_modules(
         factory: old module -> new module.
         accepts: which modules the factory can take; containers that match the pattern are passed over.
         trainable: see `replace_linears`.
+        own_forward: the factory knows what subclasses of `nn.Linear` with a forward of their own compute.
 
     Returns:
         The same model.
@@ -102,7 +104,7 @@ def replace_modules(
     flags = {p: p.requires_grad for p in model.parameters()}
     before = [layer for _, layer in adapters(model)]
     try:
-        new = {key: _build(model, first[key], old[key], factory) for key in old}
+        new = {key: _build(model, first[key], old[key], factory, own_forward) for key in old}
         parts = [part for layer in new.values() for part in layer.modules()]
         ours = [part for part in parts if isinstance(part, Adapter)]
         bases = {id(p) for layer in [*before, *ours] for p in layer.base.parameters()}
@@ -264,14 +266,17 @@ def _at(path: str) -> Iterator[None]:
         raise type(error)(f"{error} (at {path})") from error
 
 
-def _build(model: nn.Module, path: str, old: nn.Module, factory: Callable[[Any], nn.Module]) -> nn.Module:
+def _build(
+    model: nn.Module, path: str, old: nn.Module, factory: Callable[[Any], nn.Module], own_forward: bool
+) -> nn.Module:
     """Build one new layer, and refuse it where the model would compute something else with it."""
     with _at(path):
         new = factory(old)
     kind = type(new).__name__
     if not isinstance(new, nn.Module):
         raise TypeError(f"factory: got {new!r} for {path}, wanted an nn.Module")
-    if isinstance(new, WeightLayer) and (isinstance(old, PLAIN) or is_conv1d(old)) and has_own_forward(old):
+    linear = isinstance(old, PLAIN) or is_conv1d(old)
+    if isinstance(new, WeightLayer) and linear and has_own_forward(old) and not own_forward:
         own = f"{type(old).__name__} with a forward of its own"
         raise TypeError(f"{path}: got {own}, which {kind} would not run; leave it out of the pattern")
     names = path.split(".")

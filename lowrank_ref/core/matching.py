@@ -10,9 +10,9 @@ from torch import nn
 
 from lowrank_ref.core.weights import is_quantised
 
-#: What a user may write: a regular expression, names, or "all-linear".
+#: What a user may write, a regular expression, names, or "all-linear".
 Pattern = str | Collection[str]
-#: Names under which models keep the layer that answers a task: new in a model that is about to be fine-tuned.
+#: Names under which models keep the layer that answers a task, new in a model that is about to be fine-tuned.
 HEADS = ("classifier", "score", "qa_outputs")
 
 

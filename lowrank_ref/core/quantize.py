@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from lowrank_ref.core.checks import check_finite, check_floating
+from lowrank_ref.core.checks import check_finite, check_floating, check_loaded
 
 BLOCK = 256
 
@@ -39,21 +39,23 @@ def quantize_blockwise(
     """Round every entry, relative to the largest of its block of 256, to the nearest code value.
 
     Args:
-        x: any shape, finite; >= 0 everywhere when `signed` is False.
+        x: any shape, finite in float32; >= 0 everywhere when `signed` is False.
         signed: which code.
 
     Returns:
         Codes, uint8, shape of x; the largest magnitude of each block, float32, shape (ceil(numel/256),).
 
     Raises:
-        TypeError, ValueError: x is not floating point, not finite, or negative with signed=False.
+        TypeError, ValueError: x is not floating point, not finite in float32 (float64 can be larger), negative with
+            signed=False, or on the meta device.
     """
     check_floating("x", x)
-    check_finite("x", x)
-    if not signed and bool((x < 0).any()):
+    check_loaded("x", x)
+    flat = x.float().flatten()
+    check_finite("x", flat)
+    if not signed and bool((flat < 0).any()):
         raise ValueError("x: got negative entries, wanted x >= 0 with signed=False")
     code = dynamic_code(signed).to(x.device)
-    flat = x.float().flatten()
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     peak = blocks.abs().amax(dim=1)
     scaled = blocks / torch.where(peak > 0, peak, 1.0)[:, None]
@@ -64,7 +66,14 @@ def quantize_blockwise(
 def dequantize_blockwise(
     codes: UInt8[Tensor, "*shape"], peak: Float[Tensor, " blocks"], *, signed: bool
 ) -> Float[Tensor, "*shape"]:
-    """Return the values that `quantize_blockwise` stored, float32, shape of the codes."""
+    """Return the values that `quantize_blockwise` stored, float32, shape of the codes.
+
+    Raises:
+        ValueError: codes are no bytes, or there is not one peak for each block of 256.
+    """
+    if codes.dtype != torch.uint8 or peak.shape != (-(-codes.numel() // BLOCK),):
+        got = f"codes of {codes.dtype} and shape {tuple(codes.shape)}, {tuple(peak.shape)} peaks"
+        raise ValueError(f"codes, peak: got {got}, wanted bytes and one peak for each {BLOCK}")
     values = dynamic_code(signed).to(codes.device)[codes.flatten().int()]
     scale = peak.repeat_interleave(BLOCK)[: values.numel()]
     return (values * scale).view(codes.shape)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_ref.kernels import INTERPRETED, launch_options
+from lowrank_ref.kernels import INTERPRETED, launch_options, runs_on
 
 #: Blocks, found on an H100 with matrices of 2048 x 2048 and 2048 x 5461 at rank 512. These tiles are bound by the L2
 #: cache; larger ones were slower, as what follows the product then has too few registers.
@@ -124,10 +124,10 @@ def _squares(table, like, sums, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
 def usable(tensors: list[Tensor]) -> bool:
     """Tell whether the kernels take these matrices: 16-bit, contiguous, starting at multiples of 16 bytes.
 
-    They must lie on the current GPU, where Triton launches: an address means nothing on another one. Places inside a
-    matrix are 32-bit numbers, so it must not be too large.
+    They must lie on the current GPU, where Triton launches: an address means nothing on another one; and it must be one
+    that runs kernels. Places inside a matrix are 32-bit numbers, so it must not be too large.
     """
-    return all(
+    return runs_on(tensors[0].device) and all(
         T.dtype in (torch.bfloat16, torch.float16)
         and (INTERPRETED or T.is_cuda and T.get_device() == torch.cuda.current_device())
         and T.is_contiguous()

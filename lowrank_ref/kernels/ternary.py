@@ -18,8 +18,9 @@ shared memory again. Unpacking costs two instructions for four int8 weights, six
 
 Sums of int8 products are int32, exact, and scaled in float32 exactly as in the definition: the same bits. Sums of
 bfloat16 and float16 products are float32. Works on any shape; rows of x need contiguous entries, else they are copied.
-Triton's interpreter (`TRITON_INTERPRET=1`) runs all of it on a CPU; there the unpacking is written in plain operations
-instead of inline PTX.
+Kernels are launched on the GPU that holds x, whichever is the current one. They run on NVIDIA's cards from compute
+capability 8.0 on (`kernels.takes_card`). Triton's interpreter (`TRITON_INTERPRET=1`) runs all of it on a CPU; there the
+unpacking is written in plain operations instead of inline PTX.
 """
 
 from typing import Any
@@ -29,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_ref.kernels import INTERPRETED, launch_options
+from lowrank_ref.kernels import INTERPRETED, launch_options, runs_on
 
 PTX = tl.constexpr(not INTERPRETED)
 #: Rows of x from which a 16-bit product unpacks the weights once for cuBLAS.
@@ -40,9 +41,11 @@ EPS = 1e-5
 _NEXT = tl.constexpr("shr.b32 $0, $1, 2;")
 _TO_INT8 = tl.constexpr("and.b32 $0, $1, 0x03030303;")
 # A code c becomes the 16-bit number 128 + c (its lowest mantissa bits are c) by moving bytes; then 129 is subtracted.
+# 1·x - 129 is exact, and as fast as a subtraction, which for bfloat16 only Hopper and later cards have.
 _TO_BF16 = tl.constexpr(
-    "{.reg .b32 t, u, v, q; mov.b32 q, 0x43014301; and.b32 t, $2, 0x03030303;"
-    "prmt.b32 u, t, 0x43434343, 0x4140; prmt.b32 v, t, 0x43434343, 0x4342; sub.bf16x2 $0, u, q; sub.bf16x2 $1, v, q;}"
+    "{.reg .b32 t, u, v, o, q; mov.b32 o, 0x3F803F80; mov.b32 q, 0xC301C301; and.b32 t, $2, 0x03030303;"
+    "prmt.b32 u, t, 0x43434343, 0x4140; prmt.b32 v, t, 0x43434343, 0x4342;"
+    "fma.rn.bf16x2 $0, u, o, q; fma.rn.bf16x2 $1, v, o, q;}"
 )
 _TO_FP16 = tl.constexpr(  # 1024 + c, minus 1025
     "{.reg .b32 t, u, v, q; mov.b32 q, 0x64016401; and.b32 t, $2, 0x03030303;"
@@ -110,10 +113,12 @@ def _finish(
             b = tl.div_rn(tl.load(beta) + tl.zeros_like(s), s)
     out = acc.to(tl.float32) * b
     if RANK:
-        k = tl.arange(0, RANK)
-        left = tl.load(B + i[:, None] * RANK + k[None, :], mask=i[:, None] < m, other=0.0).to(tl.float32)
-        right = tl.load(t + r[None, :] * RANK + k[:, None], mask=r[None, :] < rows, other=0.0).to(tl.float32)
-        out += tl.dot(left, right, input_precision="ieee")
+        CHUNK: tl.constexpr = min(RANK, 32)  # a tile of all ranks would not fit into shared memory
+        for start in tl.range(0, RANK, CHUNK, num_stages=1):
+            k = start + tl.arange(0, CHUNK)
+            left = tl.load(B + i[:, None] * RANK + k[None, :], mask=i[:, None] < m, other=0.0).to(tl.float32)
+            right = tl.load(t + r[None, :] * RANK + k[:, None], mask=r[None, :] < rows, other=0.0).to(tl.float32)
+            out = tl.dot(left, right, out, input_precision="ieee")
     at = y + r[None, :].to(tl.int64) * stride_y + i[:, None]
     tl.store(at, out.to(y.dtype.element_ty), mask=inside)
 
@@ -182,19 +187,25 @@ def _prefill(
 
 @triton.jit
 def _quantise(x, codes, scale, x_sum, n, stride_x, eps, BLOCK: tl.constexpr):
-    """One block a token: s = 127/max abs x, round(s·x) to even, and the sum of the codes."""
+    """One block a token: s = 127/max abs x, round(s·x) to even, and the sum of the codes.
+
+    The maximum is that of the bits of abs x, whole numbers in the order of the values, infinity and NaN above all. Both
+    make s, and with it all results of the token, NaN, as in the definition.
+    """
     token = tl.program_id(0)
     k = tl.arange(0, BLOCK)
     row = x + token.to(tl.int64) * stride_x
-    peak = tl.zeros([BLOCK], dtype=tl.float32)
+    peak = tl.zeros([BLOCK], dtype=tl.int32)
     for start in range(0, n, BLOCK):
-        peak = tl.maximum(peak, tl.abs(tl.load(row + start + k, mask=start + k < n, other=0.0).to(tl.float32)))
-    s = 127.0 * tl.div_rn(1.0, tl.maximum(tl.max(peak, axis=0), eps))  # how PyTorch divides a number by a tensor
+        v = tl.load(row + start + k, mask=start + k < n, other=0.0).to(tl.float32)
+        peak = tl.maximum(peak, v.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    top = tl.max(peak, axis=0).to(tl.float32, bitcast=True)
+    s = 127.0 * tl.div_rn(1.0, tl.maximum(top, eps)) + (top - top)  # how PyTorch divides a number by a tensor
     total = tl.zeros([BLOCK], dtype=tl.int32)
     for start in range(0, n, BLOCK):
         v = tl.load(row + start + k, mask=start + k < n, other=0.0).to(tl.float32) * s
         q = (v + 12582912.0) - 12582912.0  # 1.5·2²³: the sum has no bits left for a fraction, and rounds half to even
-        q = tl.minimum(tl.maximum(q, -128.0), 127.0).to(tl.int32)
+        q = tl.minimum(tl.maximum(tl.where(q == q, q, 0.0), -128.0), 127.0).to(tl.int32)
         tl.store(codes + token.to(tl.int64) * n + start + k, q.to(tl.int8), mask=start + k < n)
         total += q
     tl.store(scale + token, s)
@@ -231,7 +242,8 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     warps = max(1, min(8, block // 512))
     # Without fusion into one multiply-add: the product is rounded to float32 before it is rounded to a whole number.
     options = launch_options({"num_warps": warps, "enable_fp_fusion": False})
-    _quantise[(rows,)](x, codes, scale, x_sum, n, x.stride(0), EPS, BLOCK=block, **options)
+    with torch.cuda.device_of(x):
+        _quantise[(rows,)](x, codes, scale, x_sum, n, x.stride(0), EPS, BLOCK=block, **options)
     return codes, scale, x_sum
 
 
@@ -240,7 +252,8 @@ def unpacked(packed: Tensor, n: int, beta: Tensor, dtype: torch.dtype) -> Tensor
     m, planes = packed.shape
     W = torch.empty(m, n, dtype=dtype, device=packed.device)
     grid = (triton.cdiv(m, 16), triton.cdiv(planes, 256))
-    _unpack[grid](packed, beta, W, m, n, planes, packed.stride(0), int(beta.numel() > 1), BM=16, BK=256)
+    with torch.cuda.device_of(packed):
+        _unpack[grid](packed, beta, W, m, n, planes, packed.stride(0), int(beta.numel() > 1), BM=16, BK=256)
     return W
 
 
@@ -268,7 +281,8 @@ def ternary_matmul(
         config: block sizes instead of the tuned ones.
 
     Raises:
-        TypeError: x of another dtype. ValueError: shapes that do not fit, int8 codes without s and sums, or one factor.
+        TypeError: x of another dtype. ValueError: shapes that do not fit, int8 codes without s and sums, one factor,
+            tensors of different devices, or a card that runs no kernel.
     """
     _check(x, packed, beta, scale, x_sum, B, t)
     x = _rows_contiguous(x)
@@ -289,11 +303,12 @@ def ternary_matmul(
     if "SPLIT" not in config:
         kernel, grid = _prefill, (*grid, triton.cdiv(rows, config["ROWS"]))
         even = even and rows % config["ROWS"] == 0
-    kernel[grid](
-        *(x, packed, beta, scale, x_sum, B, t, y, rows, m, n, planes),
-        *(x.stride(0), packed.stride(0), y.stride(0)),
-        **launch_options(config), EVEN=even, RANK=rank, WIDE=x.dtype == torch.int8, PER_ROW=int(beta.numel() > 1),
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        kernel[grid](
+            *(x, packed, beta, scale, x_sum, B, t, y, rows, m, n, planes),
+            *(x.stride(0), packed.stride(0), y.stride(0)),
+            **launch_options(config), EVEN=even, RANK=rank, WIDE=x.dtype == torch.int8, PER_ROW=int(beta.numel() > 1),
+        )  # fmt: skip
     return y
 
 
@@ -333,6 +348,11 @@ def _check(x: Tensor, packed: Tensor, beta: Tensor, scale: Any, x_sum: Any, B: A
         raise ValueError(f"beta: got {beta.numel()} numbers of {beta.dtype}, wanted 1 or {len(packed)} of float32")
     if (x.dtype == torch.int8) != (scale is not None and x_sum is not None):
         raise ValueError("scale, x_sum: wanted both for int8 codes, and none for 16-bit activations")
+    for name, tensor in {"packed": packed, "beta": beta, "scale": scale, "x_sum": x_sum, "B": B, "t": t}.items():
+        if tensor is not None and tensor.device != x.device:  # an address means nothing elsewhere
+            raise ValueError(f"{name}: got a tensor on {tensor.device}, wanted {x.device}, where x is")
+    if not runs_on(x.device):
+        raise ValueError(f"x: got one on {x.device}, wanted a card of compute capability 8.0 or more, from NVIDIA")
     if (B is None) != (t is None):
         raise ValueError("B, t: got one of the two, wanted both or none")
     if B is not None and (B.shape[0], *t.shape) != (len(packed), len(x), B.shape[1]):

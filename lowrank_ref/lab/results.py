@@ -1,16 +1,24 @@
-"""Results that were measured elsewhere, on a GPU or for minutes on a CPU, and stored as JSON in `book/results/`."""
+"""Results that were measured elsewhere, on a GPU or for minutes on a CPU, and stored as JSON in `book/results/`.
 
+Each part of a file tells in its "provenance" when, on what and with which commit it was measured, and the digests of
+the files of code that it depends on. `older_than_code` compares them with the files as they are now.
+"""
+
+import ast
+import hashlib
 import json
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lowrank_ref.lab.draw.table import Table
 
-__all__ = ["layer_table", "provenance", "stored"]
+__all__ = ["code_digest", "layer_table", "older_than_code", "provenance", "stored"]
 
 # The repository's folder, or its copy inside an installed package, which is all that a notebook in Colab has.
-_FOLDERS = (Path(__file__).parents[2] / "book" / "results", Path(__file__).with_name("_results"))
+_ROOT = Path(__file__).parents[2]
+_FOLDERS = (_ROOT / "book" / "results", Path(__file__).with_name("_results"))
 
 
 def stored(name: str) -> dict[str, Any]:
@@ -21,20 +29,66 @@ def stored(name: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
+        ValueError: a name that leaves the folder, or a file that is not a whole JSON object.
     """
+    if Path(name).name != name:
+        raise ValueError(f"name: got {name!r}, wanted the name of a file in book/results, without folders")
     for folder in _FOLDERS:
         path = folder / f"{name}.json"
         if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:  # no JSON, or no text
+                raise ValueError(f"name: got {name!r}, but {path} is no whole JSON file: {error}") from error
+            if not isinstance(found, dict):
+                raise ValueError(f"name: got {name!r}, but {path} holds a {type(found).__name__}, wanted an object")
+            return found
     raise FileNotFoundError(f"name: got {name!r}, wanted a file in {' or '.join(map(str, _FOLDERS))}")
 
 
 def provenance(part: dict[str, Any]) -> str:
-    """Say what was measured in a part of a results file, when, on what, and with which command; 79 columns wide."""
-    p = part["provenance"]
-    versions = ", ".join(f"{name} {version}" for name, version in p["versions"].items())
-    measured = f"Measured {p['date']} on {p['hardware']} with Python {p['python']}, {versions}."
-    return "\n".join(textwrap.fill(line, 79) for line in (part["setting"], measured, p["command"]))
+    """Say what was measured in a part of a results file, when, on what, and with which command; 79 columns wide.
+
+    A part that grew over several days names them all.
+    """
+    lines = [part["setting"]]
+    for p in part.get("runs", [part["provenance"]]):
+        versions = ", ".join(f"{name} {version}" for name, version in p["versions"].items())
+        commit = f", commit {p['commit']}" if "commit" in p else ""
+        lines.append(f"Measured {p['date']} on {p['hardware']} with Python {p['python']}, {versions}{commit}.")
+    lines.append(part["provenance"]["command"])
+    return "\n".join(textwrap.fill(line, 79) for line in dict.fromkeys(lines))
+
+
+def code_digest(path: Path) -> str:
+    """Return 12 hexadecimal digits of what a Python file does: layout, comments and docstrings do not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
+
+
+def older_than_code(results: Mapping[str, Any], root: Path = _ROOT) -> dict[str, list[str]]:
+    """Return part -> files of code that changed since its rows were measured; parts that are up to date are left out.
+
+    Args:
+        results: a results file, from `stored`.
+        root: folder of the repository. A file that is not there counts as changed.
+    """
+    found = {}
+    for name, part in results.items():
+        files = set()
+        for run in part.get("runs", [part["provenance"]]):
+            for file, digest in run.get("files", {}).items():
+                path = root / file
+                if not path.exists() or code_digest(path) != digest:
+                    files.add(file)
+        if files:
+            found[name] = sorted(files)
+    return found
 
 
 def layer_table(part: dict[str, Any], *names: str) -> Table:

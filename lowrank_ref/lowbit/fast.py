@@ -1,33 +1,38 @@
 """The packed products of `ternary.py` and `hgf.py` on a GPU, by the Triton kernels; one operator for torch.compile.
 
 Each function has the value of a plain definition: `packed_linear` to the bit, `corrected_linear` and `packed_matmul` to
-rounding. For inference: no gradient passes.
+rounding. For inference: no gradient passes. On cards that run no kernel (`kernels.takes_card`) layers compute by the
+definitions.
 """
 
 import torch
 from torch import Tensor
 
-from lowrank_ref.kernels import have_triton
+from lowrank_ref.kernels import runs_on
 
 
 def takes(x: Tensor) -> bool:
-    """Tell whether the kernels take these activations: on a GPU, at most 32 bits, not empty, and no gradient asked."""
+    """Tell whether the kernels take these activations: at most 32 bits, not empty, no gradient asked, on a fit GPU.
+
+    It need not be the current one: a launch goes to where x is. Weights on another device are refused there.
+    """
     ready = x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.numel() > 0
-    return ready and not (x.requires_grad and torch.is_grad_enabled()) and have_triton()
+    return ready and not (x.requires_grad and torch.is_grad_enabled()) and runs_on(x.device)
 
 
 def _corrected(x: Tensor, packed: Tensor, beta: Tensor, B: Tensor, t: Tensor) -> Tensor:
     from lowrank_ref.kernels.ternary import quantise, ternary_matmul
 
     codes, scale, x_sum = quantise(x.reshape(-1, x.shape[-1]))
-    y = ternary_matmul(codes, packed, beta, scale=scale, x_sum=x_sum, B=B, t=t.reshape(len(codes), -1), dtype=x.dtype)
+    t = t.reshape(len(codes), -1)
+    y = ternary_matmul(codes, packed, beta.float(), scale=scale, x_sum=x_sum, B=B, t=t, dtype=x.dtype)
     return y.view(*x.shape[:-1], len(packed))
 
 
 def _matmul(x: Tensor, packed: Tensor, beta: Tensor) -> Tensor:
     from lowrank_ref.kernels.ternary import ternary_matmul
 
-    return ternary_matmul(x.reshape(-1, x.shape[-1]), packed, beta).view(*x.shape[:-1], len(packed))
+    return ternary_matmul(x.reshape(-1, x.shape[-1]), packed, beta.float()).view(*x.shape[:-1], len(packed))
 
 
 # torch.compile sees one opaque operator; eager code calls the function itself, which is quicker.

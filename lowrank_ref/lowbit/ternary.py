@@ -20,22 +20,27 @@ layout that the GPU kernel in `kernels/ternary.py` wants. Beside the bytes stand
 
 Deviations. Both products multiply whole numbers and scale afterwards; their sums stay below 2²⁴, so float32 holds them
 exactly and packed inference gives the same bits as training. Under bfloat16 autocast the whole numbers are still
-exact, only the sum is rounded; with float16 it can overflow. β and s are float32 or wider always. The official GPU code
-has another layout, made for its thread order; transformers packs along the rows and may store 1/β. On a GPU the product
-of `PackedLinear` is the kernel's (`fast.py`), with the same bits.
+exact, only the sum is rounded; with float16 it can overflow. β and s are float32 or wider always, also after a cast
+such as `model.to(torch.bfloat16)`. The official GPU code has another layout, made for its thread order; transformers
+packs along the rows and may store 1/β (`bitnet.py` converts). On a GPU the product of `PackedLinear` is the kernel's
+(`fast.py`), with the same bits.
+
+β counts as a constant in the gradient. Were it the function of W that the first row makes it, W would get the gradient
+mean(∂W̃ ∘ T)·sign(W) even if rounding had none and were not passed straight through.
 
 Cost: m⌈n/4⌉ + 4 bytes a matrix instead of 2mn in bfloat16. Training saves nothing: latent weight and Adam's state stay.
 """
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int8, Shaped, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_ref.core.checks import check_matrix
+from lowrank_ref.core.checks import check_activations, check_integer, check_loaded, check_matrix, check_wide
 from lowrank_ref.core.io import load_tensors, mismatches, refuse
 from lowrank_ref.core.layers import Model, WeightLayer, dense, replace_modules, weight_of
 from lowrank_ref.lowbit import fast
@@ -44,7 +49,7 @@ EPS = 1e-5
 
 
 def absmean(W: Float[Tensor, "m n"]) -> Float[Tensor, ""]:
-    """Return β, the mean of abs W, at least 1e-5, without gradient, in float32 or wider."""
+    """Return β, the mean of abs W, at least 1e-5, in float32 or wider. Detached: its gradient does not reach W."""
     return W.detach().to(torch.promote_types(W.dtype, torch.float32)).abs().mean().clamp(min=EPS)
 
 
@@ -90,7 +95,7 @@ def pack(T: Shaped[Tensor, "m n"]) -> UInt8[Tensor, "m bytes"]:
     """Store four codes a byte, in the layout at the top of this file.
 
     Raises:
-        ValueError: no matrix, or an entry that is not -1, 0 or 1.
+        ValueError: no matrix, an entry that is not -1, 0 or 1, or T is on the meta device.
 
     Example:
         >>> pack(torch.tensor([[-1, 0, 1, 1, 0]])).tolist()  # planes (-1, 0), (1, 1), (0, 0 filled up), (0, 0)
@@ -98,6 +103,7 @@ def pack(T: Shaped[Tensor, "m n"]) -> UInt8[Tensor, "m bytes"]:
     """
     if T.ndim != 2 or 0 in T.shape:
         raise ValueError(f"T: got shape {tuple(T.shape)}, wanted a matrix (m, n) with m, n >= 1")
+    check_loaded("T", T)
     bad = int(((T != -1) & (T != 0) & (T != 1)).sum())
     if bad:
         raise ValueError(f"T: got {bad} entries of {T.numel()} outside {{-1, 0, 1}}, wanted none")
@@ -106,7 +112,15 @@ def pack(T: Shaped[Tensor, "m n"]) -> UInt8[Tensor, "m bytes"]:
 
 
 def unpack(packed: UInt8[Tensor, "m bytes"], n: int) -> Int8[Tensor, "m n"]:
-    """Return the codes that `pack` stored, the first n of every row."""
+    """Return the codes that `pack` stored for rows of n.
+
+    Raises:
+        TypeError, ValueError: n is not an integer that takes this many bytes a row, or packed is no matrix of bytes.
+    """
+    check_integer("n", n)
+    if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] != (n + 3) // 4:
+        got = f"{packed.dtype} of shape {tuple(packed.shape)}"
+        raise ValueError(f"packed, n: got {got} for n = {n}, wanted uint8 (m, ⌈n/4⌉)")
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=packed.device)
     return ((packed.unsqueeze(1) >> shifts[:, None]) & 3).flatten(1)[:, :n].to(torch.int8) - 1
 
@@ -132,11 +146,36 @@ def packed_linear(
 def packed_matmul(
     x: Float[Tensor, "*batch n"], packed: UInt8[Tensor, "m bytes"], beta: Float[Tensor, ""]
 ) -> Float[Tensor, "*batch m"]:
-    """Return (x Tᵀ)·β from packed weights and activations as they are, not quantised: two bits for the weights only."""
+    """Return (x Tᵀ)·β from packed weights and activations as they are, not quantised: two bits for the weights only.
+
+    Raises:
+        TypeError: x is not floating point. ValueError: its width does not take this many bytes a row.
+    """
+    check_wide("x", x)
     return F.linear(x, unpack(packed, x.shape[-1]).to(x.dtype)) * beta.to(x.dtype)
 
 
-class Ternary(WeightLayer):
+class KeepsWide(WeightLayer):
+    """Leaves the single numbers named in `wide` in float32 where a cast such as `.half()` would make them narrower.
+
+    A layer has one to three of them, and each scales a whole term of its output.
+    """
+
+    wide: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        mine = [getattr(self, name) for name in self.wide]
+        kept = {id(t) for t in [*mine, *(t.grad for t in mine)]}
+
+        def gentle(t: Tensor) -> Tensor:
+            new = fn(t)
+            narrow = id(t) in kept and new.element_size() < min(4, t.element_size())
+            return t.to(new.device, torch.float32) if narrow else new
+
+        return super()._apply(gentle, recurse)
+
+
+class Ternary(KeepsWide):
     """What trained and packed layers share: a norm's gain (or no norm), a product with W̃, and a bias (or none)."""
 
     def __init__(self, m: int, n: int, gain: Tensor | None, bias: Tensor | None) -> None:
@@ -147,6 +186,7 @@ class Ternary(WeightLayer):
 
     def normalised(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """Return RMSNorm(x), or x where the layer has no norm, in float32 or wider. This is what gets quantised."""
+        check_activations(x, self.in_features)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return x if self.gain is None else F.rms_norm(x, (self.in_features,), self.gain.to(x.dtype), EPS)
 
@@ -155,7 +195,11 @@ class Ternary(WeightLayer):
         raise NotImplementedError
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
-        """Return x̃ W̃ᵀ + b, shape (..., m), in x's dtype."""
+        """Return x̃ W̃ᵀ + b, shape (..., m), in x's dtype.
+
+        Raises:
+            TypeError, ValueError: x is not floating point of 16 bits or more, or not (..., n).
+        """
         y = self.product(self.normalised(x))
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
@@ -172,11 +216,14 @@ class BitLinear(Ternary):
         sub_norm: RMSNorm with a trained gain before quantising, as the recipe wants; False where a norm comes before.
 
     Raises:
-        TypeError, ValueError: base is no floating-point linear layer, or its weight is not finite.
+        TypeError: base is no floating-point linear layer, or computes something else than x Wᵀ + b.
+        ValueError: its weight is not finite or not loaded.
     """
 
     def __init__(self, base: nn.Module, *, sub_norm: bool = True) -> None:
         W = weight_of(base).detach()
+        if isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward:
+            raise TypeError(f"base: got {type(base).__name__} with a forward of its own, wanted one that is x Wᵀ + b")
         check_matrix("base.weight", W)
         m, n = W.shape
         super().__init__(m, n, W.new_ones(n) if sub_norm else None, cast(Tensor | None, base.bias))
@@ -196,24 +243,31 @@ class BitLinear(Ternary):
 class PackedLinear(Ternary):
     """A trained `BitLinear`, packed and frozen: buffers `codes` (m, ⌈n/4⌉) of bytes and `beta`. Computes the same.
 
+    A third buffer, `width` (n, 0), takes no memory: its shape keeps the n, which the bytes do not tell, in every file.
+
     Args:
         layer: the layer to pack; it stays as it is.
 
     Raises:
-        ValueError: the latent weight is not finite.
+        TypeError, ValueError: no `BitLinear`, or its latent weight is not finite.
     """
 
+    wide = ("beta",)
     codes: Tensor
     beta: Tensor
     rest_trains, weight = False, dense
+    width: Tensor
 
     def __init__(self, layer: BitLinear) -> None:
+        if not isinstance(layer, BitLinear):
+            raise TypeError(f"layer: got {type(layer).__name__}, wanted BitLinear")
         W = layer.weight.detach()
         check_matrix("layer.weight", W)
         super().__init__(layer.out_features, layer.in_features, layer.gain, layer.bias)
         beta = absmean(W)
         self.register_buffer("codes", pack(ternary_codes(W, beta)))
         self.register_buffer("beta", beta)
+        self.register_buffer("width", W.new_empty(self.in_features, 0, dtype=torch.uint8))
         self.requires_grad_(False).train(layer.training)
 
     def product(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:

@@ -13,10 +13,13 @@ Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Project
 Letters: W and G are (m, n); left basis P (m, r), right basis Q (n, r), rank r; `gap` is T, `scale` is α, `lr` is η.
 
 Deviations. Bases come from `gram_basis` unless another is given: the subspace of the SVD at a fraction of its time;
-pass `svd_basis` for the definition, `subspace_basis` for speed on a GPU. Their signs are fixed, so that runs on other
-hardware follow the same path. As in the official code (and not in `torch.optim`) ε is added before bias correction, the
-moments survive a change of basis unrotated, and weight decay comes after the step, unscaled by α. Its Tucker projector,
-which ignores Adam's output, is left out. Adafactor, 8-bit moments and per-layer updates: `galore_variants.py`.
+pass `svd_basis` for the definition, `subspace_basis` for speed on a GPU. Columns of a new basis are turned along the
+old ones, as the moments stay; the official code leaves signs to the SVD. A gradient of zeros tells no basis: the next
+other one does. Moments of float16 weights are float32. As in the official code, ε is added before bias correction
+(algorithm 2 corrects first, as `torch.optim` does), moments survive a change of basis unrotated, a square is projected
+on the right (algorithm 2, for m <= n: left), and weight decay comes after the step, unscaled by α. Its Tucker projector
+ignores Adam's output, cannot be built by its optimizers (TypeError), and is left out. Variants: `galore_variants.py`;
+`fast.py` and `kernels/` repeat the step for many matrices at once and for a GPU.
 
 Cost per matrix, k = min(m, n), K = max(m, n): state 2rK + rk numbers instead of 2mn; two products of 2rmn FLOPs a step.
 Works under DDP, where every rank sees the same averaged gradient, and under FSDP2 on gathered matrices (`sharded.py`).
@@ -30,10 +33,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lowrank_ref.core.checks import check_number
 from lowrank_ref.core.linalg import gram_basis
 from lowrank_ref.core.registry import PaperInfo
-from lowrank_ref.optimizers.fast import add_back, fused_directions, in_batches, kernel_steps, one_pass
+from lowrank_ref.optimizers import fast
+from lowrank_ref.optimizers.fast import add_back, in_batches, wide
 from lowrank_ref.optimizers.projected import ProjectedOptimizer, sides
 
 Basis = Callable[..., Tensor]
@@ -117,12 +120,12 @@ class GaLore(ProjectedOptimizer):
         side: see `sides`.
         spread: change the bases of a group one after the other within a gap, so that no step is the long one.
         weight_decay: λ >= 0, decoupled.
-        basis: how to find the projectors, see `projectors`.
+        basis: how to find the projectors, see `projectors`; it also decides their signs.
         own: further options of a subclass.
 
     Raises:
-        TypeError, ValueError: an option out of range, a projected parameter that is no matrix. On `step`: a gradient
-            with NaN or infinity; parameters and state are then unchanged.
+        TypeError, ValueError: an option out of range or unknown, a projected parameter that is no matrix. On `step`: a
+            gradient that is sparse or not finite, or a parameter that changed its shape; nothing is then changed.
     """
 
     def __init__(
@@ -139,6 +142,8 @@ class GaLore(ProjectedOptimizer):
         basis: Basis = gram_basis,
         own: dict[str, Any] | None = None,
     ) -> None:
+        if not callable(basis):
+            raise TypeError(f"basis: got {basis!r}, wanted a function such as core.linalg.svd_basis")
         self.basis = basis
         shared = {"lr": lr, "rank": rank, "gap": gap, "scale": scale, "side": side, "spread": spread}
         super().__init__(params, {**shared, "weight_decay": weight_decay, **(own or {})})
@@ -149,21 +154,23 @@ class GaLore(ProjectedOptimizer):
 
     def update(self, ps: list[Tensor], group: dict[str, Any]) -> None:
         """Take one step of each parameter from its gradient."""
+        change, waiting = self.changes(ps, group) if group["rank"] is not None else ([], [])
         states, grads = [self.state[p] for p in ps], [p.grad for p in ps if p.grad is not None]
+        if change:
+            asked = ([grads[i] for i in change], [states[i] for i in change], group["rank"])
+            for i, found in zip(change, in_batches(projectors, *asked, side=group["side"], basis=self.basis)):
+                states[i].update(found)
         for state in states:
             state["step"] = state.get("step", 0) + 1
-        if group["rank"] is not None:
-            due = [i for i, p in enumerate(ps) if self.due(p, states[i]["step"], group)]
-            asked = ([grads[i] for i in due], [states[i] for i in due], group["rank"])
-            for i, found in zip(due, in_batches(projectors, *asked, side=group["side"], basis=self.basis)):
-                states[i].update(found)
         bases = [{key: state[key] for key in ("left", "right") if key in state} for state in states]
         factor = -group["lr"] * (group["scale"] if group["rank"] is not None else 1.0)
         keep = 1 - group["lr"] * group["weight_decay"]
         rest = self.quick_steps(ps, states, bases, group, factor, keep)
-        R = [project(grads[i], **bases[i]) for i in rest]
+        R = [project(wide(grads[i]), **{key: wide(P) for key, P in bases[i].items()}) for i in rest]
         for i, N in zip(rest, self.directions(R, [states[i] for i in rest], group) if rest else []):
             add_back(ps[i], N, factor, keep=keep, **bases[i])
+        for i in waiting:
+            states[i]["step"] = 0
 
     def quick_steps(self, ps: list[Tensor], *more: Any) -> list[int]:
         """Take the steps that have a faster equal form; return the numbers of the others, here all."""
@@ -195,26 +202,20 @@ class GaLoreAdamW(GaLore):
     ) -> None:
         super().__init__(params, lr, own={"betas": betas, "eps": eps}, **options)
 
-    def check_options(self, group: dict[str, Any]) -> None:
-        """Check betas and eps as well."""
-        super().check_options(group)
-        for i, beta in enumerate(group["betas"]):
-            check_number(f"betas[{i}]", beta, low=0, high=1 - 1e-12)
-        check_number("eps", group["eps"], low=0)
-
     def directions(self, R: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Iterable[Tensor]:
-        """Return Adam's directions; on a GPU in one pass, where all are of one dtype and step."""
-        for r, state in zip(R, states):
-            if "M" not in state:
-                state["M"], state["V"] = torch.zeros_like(r), torch.zeros_like(r)
-        M, V, steps = ([state[key] for state in states] for key in ("M", "V", "step"))
-        if one_pass(R, steps):
-            return fused_directions(R, M, V, steps[0], group)
+        """Return Adam's directions; in one pass where all are of one dtype and step."""
+        (M, V), steps = fast.moments(R, states), [state["step"] for state in states]
+        if fast.one_pass(R, steps):
+            return fast.fused_directions(R, M, V, steps[0], group)
         return adam_directions(R, M, V, steps, betas=group["betas"], eps=group["eps"])
 
-    def quick_steps(self, *arguments: Any) -> list[int]:
-        """Use the Triton kernels where they apply."""
-        return kernel_steps(*arguments)
+    def quick_steps(self, ps: list[Tensor], *more: Any) -> list[int]:
+        """Use the Triton kernels where they apply, and one pass where nothing is projected."""
+        states, _, group, *factors = more
+        grads = [wide(p.grad) for p in ps if p.grad is not None]
+        if group["rank"] is None and fast.plain_steps(ps, grads, states, group, *factors):
+            return []
+        return fast.kernel_steps(ps, *more)
 
 
 class GaLoreSGD(GaLore):
@@ -239,7 +240,7 @@ PAPER = PaperInfo(
     official_code="jiaweizzhao/GaLore",
     code_licence="Apache-2.0",
     equations={"algorithm 2: projector": "projectors", "R": "project", "N": "adam_directions", "G̃": "project_back"},
-    deviations=("bases from the Gram matrix, with fixed signs", "no Tucker projector"),
+    deviations=("bases from the Gram matrix, turned along the last ones", "no Tucker projector"),
     aliases=("gradient low-rank projection", "GaLoreAdamW", "GaLore 8-bit"),
     status="checked",
     verified="2026-11-23",

@@ -7,15 +7,17 @@
 | per-layer updates: a gradient is used and freed at once   | `per_layer_updates` |
 
 Deviations. The official 8-bit class hands R to bitsandbytes through a swapped weight; here the moments are decoded,
-updated and encoded in plain PyTorch, with the same code and blocks of 256, but V is never rounded to zero. The official
-per-layer mode makes one optimizer per parameter and steps on every micro-batch; here one optimizer holds all states,
-and a second backward pass before `step()` is an error. The official Adafactor decays the weight before the step; here,
-as in `GaLoreAdamW`, after.
+updated and encoded in plain PyTorch, with the same code and blocks of 256, but V is never rounded to zero. Its ε is
+added after bias correction, as in the paper's algorithm 2, and is 1e-8 by default, its weight decay 0.01; here, as in
+`GaLoreAdamW` and the official class of that name, ε comes before, and the defaults are 1e-6 and 0. The two differ where
+gradients are not large beside ε: early on, by up to 1/√(1 - β₂) = 32 times. The official per-layer mode makes one
+optimizer per parameter and steps on every micro-batch; here one optimizer holds all states, and a second backward pass
+before `step()` is an error. The official Adafactor decays the weight before the step; here, as in `GaLoreAdamW`, after.
 """
 
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,14 +25,18 @@ from torch import Tensor
 from lowrank_ref.core.checks import check_number
 from lowrank_ref.core.quantize import dequantize_blockwise, quantize_blockwise
 from lowrank_ref.optimizers.galore import GaLore, GaLoreAdamW, adam_directions
-from lowrank_ref.optimizers.projected import check_gradients
+from lowrank_ref.optimizers.projected import ProjectedOptimizer, check_gradients, check_shape, steps_in_backward
+from lowrank_ref.optimizers.sharded import is_sharded
 
 #: Moments with fewer entries stay in float32, as in bitsandbytes.
 SMALLEST_8BIT = 4096
 
 
 class GaLoreAdamW8bit(GaLoreAdamW):
-    """`GaLoreAdamW` whose moments rest as 8-bit codes: 2 bytes and 8/256 bytes an entry instead of 8. Same options."""
+    """`GaLoreAdamW` whose moments rest as 8-bit codes: 2 bytes and 8/256 bytes an entry instead of 8. Same options.
+
+    Moments with fewer than 4,096 entries stay in float32, as in bitsandbytes.
+    """
 
     def directions(self, R: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Iterable[Tensor]:
         """Return Adam's directions, one at a time: decoding the moments of all at once would take their memory."""
@@ -62,7 +68,9 @@ def _decode(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
 def adafactor_direction(
     R: Tensor, row: Tensor, col: Tensor, step: int, *, decay: float = 0.8, eps: float = 1e-30, clip: float = 1.0
 ) -> Tensor:
-    """Update the factored second moment in place and return Adafactor's direction R / √(row ⊗ col), its RMS clipped.
+    """Update the factored second moment in place and return Adafactor's direction, its RMS clipped.
+
+    The direction is R / √(row ⊗ col / mean(row)): the second moment as a matrix of rank 1 with these rows and columns.
 
     Args:
         R: (projected) gradient (a, b); row: moment of its rows (a,); col: moment of its columns (b,).
@@ -105,25 +113,44 @@ class GaLoreAdafactor(GaLore):
         return D.view_as(R).to(R.dtype)
 
 
-def per_layer_updates(optimizer: GaLore) -> list[Any]:
+def processes() -> int:
+    """Return how many processes train together."""
+    here = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if here else 1
+
+
+def per_layer_updates(optimizer: ProjectedOptimizer) -> list[Any]:
     """Let every parameter step inside `backward()` as soon as its gradient is complete, and free the gradient.
 
     At most one layer's gradient is then alive. Call `optimizer.step()` once after each backward pass, as usual: it
-    opens the next step. Clipping by the norm of all gradients is impossible here, since they never exist together; so
-    is DDP, which averages gradients only after these hooks.
+    opens the next step. What needs all gradients together is impossible here: clipping by their norm (a clip finds no
+    gradients and does nothing, silently in `torch.nn.utils`), several processes, and a `GradScaler`; use bfloat16.
 
     Args:
-        optimizer: any GaLore optimizer.
+        optimizer: any GaLore optimizer itself, not a wrapper of it.
 
     Returns:
         The hooks; `remove()` each to go back to ordinary steps.
 
     Raises:
+        TypeError: another optimizer.
+        ValueError: it has per-layer updates already, or its parameters are sharded. In backward: a gradient with NaN or
+            infinity, or a parameter that changed its shape; that parameter and its state are unchanged.
         RuntimeError: in backward, when a second pass comes before `optimizer.step()`: that is gradient accumulation,
-            and would make one step of every micro-batch. Or when the optimizer no longer exists.
-        ValueError: in backward, for a gradient with NaN or infinity. That parameter and its state are unchanged.
+            and would make one step of every micro-batch. Or when the optimizer no longer exists, or in several
+            processes, which average gradients only after these hooks. In `GradScaler.step`, which comes too late.
     """
+    if not isinstance(optimizer, ProjectedOptimizer):
+        raise TypeError(f"optimizer: got {type(optimizer).__name__}, wanted a GaLore optimizer")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(map(steps_in_backward, parameters)):
+        raise ValueError("optimizer: got per-layer updates already, wanted their hooks removed first")
+    if any(map(is_sharded, parameters)):
+        raise ValueError(
+            "optimizer: got sharded parameters, wanted whole ones: per-layer updates know one process only"
+        )
     index = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    shapes = {id(p): tuple(p.shape) for p in parameters}
     done: set[int] = set()
     # A parameter owns its hooks: a strong reference back through the optimizer would keep both alive for ever.
     alive = weakref.ref(optimizer)
@@ -135,12 +162,15 @@ def per_layer_updates(optimizer: GaLore) -> list[Any]:
             raise RuntimeError("backward: got per-layer updates of an optimizer that is gone, wanted it kept alive")
         if id(p) in done:
             raise RuntimeError("backward: got a second pass before optimizer.step(), wanted one; no accumulation here")
+        if (world := processes()) > 1:
+            raise RuntimeError(f"backward: got {world} processes, whose per-layer updates would drift apart, wanted 1")
         assert p.grad is not None
+        check_shape(p, shapes[id(p)])
         check_gradients([p.grad])
         optimizer.update([p], optimizer.param_groups[index[id(p)]])
         done.add(id(p))
         p.grad = None
 
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    cast(Any, hook).steps = True
     hooks: list[Any] = [p.register_post_accumulate_grad_hook(hook) for p in parameters]
     return [*hooks, optimizer.register_step_post_hook(lambda *_: done.clear())]

@@ -139,7 +139,7 @@ class SLTrainLinear(WeightLayer):
         in_features, out_features: n and m.
         rank: r, 0 <= r <= min(m, n); 0 leaves S alone.
         density: δ in [0, 1], the share of entries in S; 0 leaves BA alone, which with B = 0 cannot start in a deep
-            network: every gradient is zero.
+            network without biases: every gradient is zero.
         alpha: α > 0; the scale is α/r. The paper's α shrinks with the model: 32, 16, 16, 8, 8 from 60M to 7B.
         bias: whether to add one.
         generator: source of everything random.

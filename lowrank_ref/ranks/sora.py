@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_ref.adapters.lora import LoRALinear
+from lowrank_ref.core.actions import Action
 from lowrank_ref.core.checks import check_number
 from lowrank_ref.core.layers import Model, adapters, replace_modules
 from lowrank_ref.core.registry import PaperInfo
@@ -58,12 +59,13 @@ def gated_update(
 def soft_threshold(x: Float[Tensor, "*any"], threshold: float) -> Float[Tensor, "*any"]:
     """Return T_ξ(x) = sign(x)·max(abs x - ξ, 0), which minimises ½(z - x)² + ξ·abs z over z.
 
-    Computed as x minus its projection onto [-ξ, ξ], which is the same.
+    Computed as x minus its projection onto [-ξ, ξ], which is the same. ξ < 0 or NaN raises a ValueError.
 
     Example:
         >>> soft_threshold(torch.tensor([0.5, -0.25, 3.0]), 0.5).tolist()
         [0.0, 0.0, 2.5]
     """
+    check_number("threshold", threshold, low=0)
     return x - x.clamp(-threshold, threshold)
 
 
@@ -73,13 +75,15 @@ def released_threshold(x: Float[Tensor, "*any"], threshold: float) -> Float[Tens
     The last test sees values that were shrunk already, so what lies between ξ and 2ξ ends at 0:
     twice the dead zone, and a jump of height ξ at its edge.
     """
+    check_number("threshold", threshold, low=0)
     x = torch.where(x > threshold, x - threshold, x)
     x = torch.where(x < -threshold, x + threshold, x)
     return torch.where(x.abs() < threshold, 0.0, x)
 
 
 def gate_penalty(gates: Iterable[Float[Tensor, " _"]], strength: float) -> Float[Tensor, ""]:
-    """Return λ·Σ‖g‖₁. As a term of the loss, minimised by gradients, it makes gates small but not zero."""
+    """Return λ·Σ‖g‖₁, λ >= 0. As a term of the loss, minimised by gradients, it makes gates small but not zero."""
+    check_number("strength", strength, low=0)
     return strength * torch.stack([g.abs().sum() for g in gates]).sum()
 
 
@@ -106,6 +110,7 @@ class SoRALinear(LoRALinear):
     """
 
     adapter_names = ("A", "B", "g")
+    no_decay = ("g",)
 
     def __init__(
         self,
@@ -175,11 +180,12 @@ def prune(model: Model) -> Model:
     return replace_modules(model, "", lambda layer: layer.pruned(), accepts=lambda m: isinstance(m, SoRALinear))
 
 
-class ProximalGates:
+class ProximalGates(Action):
     """Shrinks every gate after each step of the optimizer: g ← T_ξ(g) with ξ = λ·η, η the gates' present learning rate.
 
-    Call `.step()` once after `optimizer.step()`, not inside a compiled graph, and before the learning rate changes. It
-    is deterministic, so equal gates stay equal under DDP; keep gates unsharded under FSDP.
+    Attach it to the optimizer, or call `.step()` right after `optimizer.step()`: once a schedule has moved on, ξ is
+    that of the next step, and 0 at the end. It is deterministic, so equal gates stay equal under DDP; keep gates
+    unsharded under FSDP. The state is the penalty; the gates belong to the model.
 
     Args:
         model: holds at least one SoRA layer.
@@ -192,6 +198,8 @@ class ProximalGates:
     Raises:
         ValueError: no gate, a gate that the optimizer does not train, or penalty < 0.
     """
+
+    state_names = ("penalty", "coupled")
 
     def __init__(
         self,
@@ -211,21 +219,11 @@ class ProximalGates:
         self._group = {path: group_of[id(g)] for path, g in self.gates.items()}  # an index: loading replaces the groups
 
     @torch.no_grad()
-    def step(self) -> None:
+    def act(self) -> None:
         """Shrink all gates once."""
         for path, g in self.gates.items():
             lr = float(self.optimizer.param_groups[self._group[path]]["lr"])
             g.copy_(self.operator(g, self.penalty * lr if self.coupled else self.penalty))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the penalty; the gates themselves belong to the model."""
-        return {"penalty": self.penalty, "coupled": self.coupled}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned; a state of something else raises a ValueError."""
-        if state.keys() != {"penalty", "coupled"}:
-            raise ValueError(f"state: got keys {sorted(state)}, wanted ['coupled', 'penalty']")
-        self.penalty, self.coupled = state["penalty"], state["coupled"]
 
 
 PAPER = PaperInfo(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lowrank_ref.core.actions import Action
 from lowrank_ref.core.checks import check_integer, check_number
 from lowrank_ref.ranks.sora import ProximalGates
 
@@ -40,16 +41,20 @@ def threshold_levels(first: float, last: float, count: int, spacing: str = "line
     share = torch.linspace(0, 1, count, dtype=torch.float64)
     low, high = torch.tensor([first, last], dtype=torch.float64)
     if spacing == "linear":
-        return (low + share * (high - low)).tolist()
-    if spacing == "log":
-        return (low.exp() + share * (high.exp() - low.exp())).log().tolist()
-    return (low * (high / low) ** share).tolist()
+        levels = low + share * (high - low)
+    elif spacing == "log" and last - first < 1:  # log(exp ξ₁ + share·(exp ξ_N - exp ξ₁)), for small and for large ξ
+        levels = low + torch.log1p(share * torch.expm1(high - low))
+    elif spacing == "log":
+        levels = torch.logaddexp(low + torch.log1p(-share), high + torch.log(share))
+    else:
+        levels = (low.log() + share * (high.log() - low.log())).exp()
+    return [float(first), *levels[1:-1].tolist(), float(last)]
 
 
-class SparsifyingSchedule:
+class SparsifyingSchedule(Action):
     """Sets the penalty of a `ProximalGates` level by level and notes the kept rank at the end of each.
 
-    Call `.step()` after that of the `ProximalGates`. When the last level is over, its penalty stays.
+    Attach it after the `ProximalGates`, or call `.step()` after theirs. When the last level is over, its penalty stays.
 
     Args:
         proximal: its penalty is overwritten, at once with the first level.
@@ -64,10 +69,14 @@ class SparsifyingSchedule:
         TypeError, ValueError: levels that do not rise or are negative, or a length below 1.
     """
 
+    state_names = ("done", "records")  # the present penalty is in the state of the `ProximalGates`
+
     def __init__(self, proximal: ProximalGates, levels: Sequence[float], *, first: int, later: int) -> None:
         check_integer("first", first, low=1)
         check_integer("later", later, low=1)
-        if not levels or levels[0] < 0 or any(a >= b for a, b in zip(levels, levels[1:])):
+        for level in levels:
+            check_number("levels", level, low=0)
+        if not levels or any(a >= b for a, b in zip(levels, levels[1:])):
             raise ValueError(f"levels: got {list(levels)}, wanted at least one number >= 0, rising")
         self.proximal, self.levels, self.first, self.later = proximal, list(levels), first, later
         self.records: list[tuple[float, int]] = []
@@ -79,7 +88,13 @@ class SparsifyingSchedule:
         """Steps of all levels together."""
         return self.first + self.later * (len(self.levels) - 1)
 
-    def step(self) -> None:
+    def attach(self, optimizer: torch.optim.Optimizer) -> "SparsifyingSchedule":
+        """Act after every step of the optimizer; ValueError if the `ProximalGates` would then act too late."""
+        if not self.proximal.attached:
+            raise ValueError("proximal: got one that is not attached, wanted it attached first")
+        return super().attach(optimizer)
+
+    def act(self) -> None:
         """Count a step; at the end of a level note its rank and go to the next."""
         self.done += 1
         over, rest = divmod(self.done - self.first, self.later)
@@ -88,17 +103,12 @@ class SparsifyingSchedule:
             self.records.append((self.levels[over], rank))
             self.proximal.penalty = self.levels[min(over + 1, len(self.levels) - 1)]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the count of steps and the records. The present penalty is in the state of the `ProximalGates`."""
-        return {"done": self.done, "records": list(self.records)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
         """Take back what `state_dict` returned; the penalty of the `ProximalGates` is set again.
 
         Raises:
             ValueError: the state is of something else.
         """
-        if state.keys() != {"done", "records"}:
-            raise ValueError(f"state: got keys {sorted(state)}, wanted ['done', 'records']")
+        self._check_keys(state)
         self.done, self.records = state["done"], [(float(level), int(rank)) for level, rank in state["records"]]
         self.proximal.penalty = self.levels[min(len(self.records), len(self.levels) - 1)]

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lowrank_ref.adapters.lora import LoRALinear
-from lowrank_ref.core.checks import check_integer
+from lowrank_ref.core.checks import check_finite, check_integer, check_number
 from lowrank_ref.core.layers import AdaptedLinear, Model, adapters, replace_modules
 
 
@@ -34,10 +34,22 @@ def ranks_within(spectra: Mapping[str, Float[Tensor, " _"]], costs: Mapping[str,
         costs: path -> numbers that one rank of the layer costs, m + n.
         budget: most numbers in all, >= 0.
 
+    Raises:
+        TypeError, ValueError: budget is no integer >= 0, costs lack a layer or are not positive, or a singular value is
+            negative or not finite.
+
     Example:
         >>> ranks_within({"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 0.5])}, {"a": 10, "b": 10}, 25)
         {'a': 1, 'b': 1}
     """
+    check_integer("budget", budget, low=0)
+    if costs.keys() != spectra.keys():
+        raise ValueError(f"costs: got {sorted(costs)}, wanted one for each of {sorted(spectra)}")
+    for path, S in spectra.items():
+        check_finite(f"spectra[{path!r}]", S)
+        if bool((S < 0).any()):
+            raise ValueError(f"spectra[{path!r}]: got a negative number, wanted singular values >= 0")
+        check_number(f"costs[{path!r}]", costs[path], low=0, open_low=True)
     terms = [(float(s) ** 2 / costs[path], path) for path, S in spectra.items() for s in S if s > 0]
     ranks = dict.fromkeys(spectra, 0)
     for _, path in sorted(terms, key=lambda term: term[0], reverse=True):
@@ -51,8 +63,11 @@ def ranks_within(spectra: Mapping[str, Float[Tensor, " _"]], costs: Mapping[str,
 def prune_by_svd(model: Model, budget: int) -> Model:
     """Replace every LoRA layer by one of smaller rank, or by its base, so that all hold `budget` numbers at most.
 
+    Dropout and train or eval mode stay.
+
     Args:
-        model: holds layers with `lora_factors()`, such as `LoRALinear`. Changed in place.
+        model: all its adapters are of linear layers and have plain `lora_factors()`, such as `LoRALinear`, SoRA and
+            PiSSA. Changed in place.
         budget: most numbers Σ rank·(m + n), >= 0.
 
     Returns:
@@ -60,12 +75,15 @@ def prune_by_svd(model: Model, budget: int) -> Model:
 
     Raises:
         TypeError: budget is no integer.
-        ValueError: budget < 0, or no adapter with `lora_factors()` inside the model.
+        ValueError: budget < 0, no adapter inside the model, or one whose update is no sum of such terms (DoRA,
+            embeddings, convolutions, RandLoRA): it would keep its numbers beside the budget. The model is unchanged.
     """
     check_integer("budget", budget, low=0)
-    layers = {p: layer for p, layer in adapters(model) if p and isinstance(layer, AdaptedLinear) and _plain(layer)}
-    if not layers:
-        raise ValueError(f"model: got {type(model).__name__}, wanted a model with LoRA layers inside")
+    layers = {path: layer for path, layer in adapters(model) if path and isinstance(layer, AdaptedLinear)}
+    others = [f"{type(layer).__name__} at {path!r}" for path, layer in adapters(model) if not _plain(layer)]
+    if not layers or others:
+        got = ", ".join(others[:5]) or type(model).__name__
+        raise ValueError(f"model: got {got}, wanted a model with LoRA layers inside and no other adapters")
     parts = {path: factored_svd(A, scale * B) for path, layer in layers.items() for A, B, scale in [_factors(layer)]}
     costs = {path: layer.in_features + layer.out_features for path, layer in layers.items()}
     ranks = ranks_within({path: S for path, (_, S, _) in parts.items()}, costs, budget)
@@ -74,7 +92,8 @@ def prune_by_svd(model: Model, budget: int) -> Model:
 
 
 def _plain(layer: nn.Module) -> bool:
-    return hasattr(layer, "lora_factors") and not hasattr(layer, "magnitude")  # a DoRA is no sum of rank-one terms
+    """Tell adapters of linear layers whose update is the product of their factors; DoRA rescales it."""
+    return isinstance(layer, AdaptedLinear) and hasattr(layer, "lora_factors") and not hasattr(layer, "magnitude")
 
 
 def _factors(layer: nn.Module) -> tuple[Tensor, Tensor, float]:
@@ -85,6 +104,7 @@ def _truncated(layer: AdaptedLinear, U: Tensor, S: Tensor, Vh: Tensor, rank: int
     if not rank:
         return layer.base
     root = S[:rank].sqrt()
-    new = LoRALinear(layer.base, rank, alpha=float(rank), generator=torch.Generator())  # s = 1; A, B are replaced
+    dropout = getattr(getattr(layer, "dropout", None), "p", 0.0)
+    new = LoRALinear(layer.base, rank, alpha=float(rank), dropout=dropout, generator=torch.Generator())  # s = 1
     new.A, new.B = nn.Parameter(root[:, None] * Vh[:rank]), nn.Parameter(U[:, :rank] * root)
     return new.train(layer.training)

@@ -14,9 +14,10 @@ Companions:
     r_mtgb_sklearn  R-MTGB as scikit-learn estimators
 """
 
+from importlib.util import find_spec
 from typing import Any
 
-from lowrank_ref.robustness.attack_losses import cross_entropy, dlr, targeted_dlr
+from lowrank_ref.robustness.attack_losses import cross_entropy, dlr, ranked_class, targeted_dlr
 from lowrank_ref.robustness.attacks import Attacked, apgd, pgd, random_start
 from lowrank_ref.robustness.projections import project
 from lowrank_ref.robustness.ramp import GradientProjection, ramp_loss
@@ -25,19 +26,20 @@ from lowrank_ref.robustness.threats import survivors, union_accuracy
 __all__ = [
     "Attacked",
     "GradientProjection",
-    "RMTGBClassifier",
-    "RMTGBRegressor",
     "apgd",
     "cross_entropy",
     "dlr",
     "pgd",
     "project",
     "ramp_loss",
+    "ranked_class",
     "random_start",
     "survivors",
     "targeted_dlr",
     "union_accuracy",
 ]
+if find_spec("sklearn") is not None:  # `import *` asks for every name
+    __all__ += ["RMTGBClassifier", "RMTGBRegressor"]
 
 
 def __getattr__(name: str) -> Any:

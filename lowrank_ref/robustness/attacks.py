@@ -22,14 +22,14 @@ weights get no gradients. An attack computes in the dtype of x: keep x in float3
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from lowrank_ref.core.checks import check_integer, check_number
-from lowrank_ref.robustness.attack_losses import cross_entropy
+from lowrank_ref.robustness.attack_losses import check_labels, cross_entropy
 from lowrank_ref.robustness.projections import ascent, check_threat, project
 
 SampleLoss = Callable[[Tensor, Tensor], Tensor]
@@ -50,6 +50,7 @@ class Attacked(NamedTuple):
 # --- attacks ----------------------------------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)
 def pgd(
     model: nn.Module,
     x: Float[Tensor, "batch *shape"],
@@ -77,9 +78,10 @@ def pgd(
 
     Raises:
         TypeError, ValueError: ε < 0, another norm, images outside [0, 1], an empty batch, labels that do not fit,
-            steps < 1, sparsity out of range.
+            steps < 1, sparsity out of range; or NaN in what the model, the loss or its gradient gives for an image,
+            which would else pass for robust.
     """
-    u = _begin(x, y, norm, epsilon, steps, sparsity, start)
+    x, y, u = _begin(x, y, norm, epsilon, steps, sparsity, start)
     with eval_mode(model):
         seen = _Seen(model, y, loss, u)
         for i in range(steps):
@@ -89,6 +91,7 @@ def pgd(
     return seen.result()
 
 
+@torch.inference_mode(False)
 def apgd(
     model: nn.Module,
     x: Float[Tensor, "batch *shape"],
@@ -105,7 +108,8 @@ def apgd(
 
     Arguments and errors as `pgd`; `sparsity` is only where the l1 attack begins (0.05 in training, 0.2 to evaluate).
     """
-    u = old = _begin(x, y, norm, epsilon, steps, sparsity, start)
+    x, y, u = _begin(x, y, norm, epsilon, steps, sparsity, start)
+    old = u
     with eval_mode(model):
         seen = _Seen(model, y, loss, u)
         plan = _Sparser(x, sparsity, steps) if norm == 1 else _Halving(seen, steps)
@@ -125,6 +129,7 @@ def random_start(
 ) -> Float[Tensor, "batch *shape"]:
     """Return points of ball ∩ box: x plus Gaussian noise (uniform for l∞) about as long as ε, projected."""
     check_threat(x, norm, epsilon)
+    x = x.detach()
     device = generator.device if generator is not None else x.device
     draw = torch.rand if norm == math.inf else torch.randn
     noise = draw(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
@@ -155,17 +160,36 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def check_known(name: str, known: Bool[Tensor, "batch *shape"]) -> None:
+    """Require that everything is known of every image. What is NaN would be compared with, and pass for robust.
+
+    Raises:
+        ValueError: with the number of images of which something is not.
+    """
+    bad = int((~known.reshape(len(known), -1).all(1)).sum())
+    if bad:
+        hint = ", as a norm has at 0; another start may have one (start=...)" if name == "gradient" else ""
+        raise ValueError(f"{name}: got NaN or infinity for {bad} of {len(known)} images, wanted finite numbers{hint}")
+
+
 # --- inside -----------------------------------------------------------------------------------------------------------
 
 
-def _begin(x: Tensor, y: Tensor, norm: float, epsilon: float, steps: int, sparsity: float, start: Any) -> Tensor:
-    """Check the arguments of an attack and return its first points."""
+def _begin(
+    x: Tensor, y: Tensor, norm: float, epsilon: float, steps: int, sparsity: float, start: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check the arguments of an attack; return images, labels and first points, free of graphs and inference mode."""
     check_threat(x, norm, epsilon)
     if y.shape != x.shape[:1]:
         raise ValueError(f"y: got shape {tuple(y.shape)}, wanted ({len(x)},), a label for each image")
     check_integer("steps", steps, low=1)
     check_number("sparsity", sparsity, low=0, high=1, open_low=True)
-    return x if start is None else project(start, x, norm=norm, epsilon=epsilon)
+    x, y = _free(x), _free(y)
+    return x, y, x if start is None else project(_free(start), x, norm=norm, epsilon=epsilon)
+
+
+def _free(t: Tensor) -> Tensor:
+    return t.detach().clone() if t.is_inference() else t.detach()
 
 
 def _per_row(value: Tensor, x: Tensor) -> Tensor:
@@ -186,8 +210,14 @@ class _Seen:
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             logits = self.model(u)
+            if logits.ndim != 2 or len(logits) != len(u):
+                raise ValueError(f"model: got output of shape {tuple(logits.shape)}, wanted ({len(u)}, classes)")
+            check_labels(self.y, logits.shape[1])
             value = self.loss(logits.to(u.dtype), self.y)
             (G,) = torch.autograd.grad(value.sum(), u)
+        check_known("logits", ~logits.isnan())
+        check_known("loss", ~value.isnan())
+        check_known("gradient", G.isfinite())
         return value.detach(), G, logits.argmax(1) != self.y
 
     def look(self, u: Tensor) -> None:

@@ -33,7 +33,7 @@ def check_threat(x: Tensor, norm: float, epsilon: float) -> None:
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted a batch (n, ...) with n >= 1 and at least one pixel")
     check_finite("x", x)
     if bool((x < 0).any()) or bool((x > 1).any()):
-        raise ValueError(f"x: got values from {x.min().item():g} to {x.max().item():g}, wanted images in [0, 1]")
+        raise ValueError(f"x: got values from {x.min().item()!r} to {x.max().item()!r}, wanted images in [0, 1]")
     if norm not in NORMS:
         raise ValueError(f"norm: got {norm!r}, wanted one of {NORMS}")
     check_number("epsilon", epsilon, low=0)
@@ -45,20 +45,23 @@ def project(
     """Return the point of {u : ‖u - x‖_p <= ε, 0 <= u <= 1} that is nearest to z in the Euclidean sense.
 
     Args:
-        z: any finite points.
+        z: any finite points, of the shape of x, floating point.
         x: centres in [0, 1].
         norm: p, one of math.inf, 2, 1.
         epsilon: radius ε >= 0.
 
     Raises:
-        ValueError: another norm, ε < 0, or x outside [0, 1].
+        TypeError, ValueError: another norm, ε < 0, x outside [0, 1], or a z that is none.
 
     Example:
         >>> project(torch.tensor([[2.0, 0.9]]), torch.tensor([[0.5, 0.5]]), norm=1, epsilon=0.75).tolist()
         [[1.0, 0.75]]
     """
     check_threat(x, norm, epsilon)
+    check_floating("z", z)
     check_finite("z", z)
+    if z.shape != x.shape:
+        raise ValueError(f"z: got shape {tuple(z.shape)}, wanted that of x, {tuple(x.shape)}")
     if norm == math.inf:
         return torch.minimum(torch.maximum(z, x - epsilon), x + epsilon).clamp(0, 1)
     centre = x.flatten(1).double()
@@ -113,16 +116,26 @@ def ascent(
     would be chosen again and again (as in the sparse l1 descent of Tramer and Boneh, 1904.13000).
 
     Args:
-        G: gradient. Where it is 0 the direction is 0.
+        G: gradient, finite. Where it is 0 the direction is 0.
         u: the point, in [0, 1].
         norm: p.
         sparsity: k/d for p = 1, in (0, 1], one number or one per sample; k is at least 1.
+
+    Raises:
+        TypeError, ValueError: G is not floating point or not finite, u has another shape, or another norm.
     """
+    check_floating("G", G)
+    check_finite("G", G)
+    if norm not in NORMS:
+        raise ValueError(f"norm: got {norm!r}, wanted one of {NORMS}")
+    if u.shape != G.shape:
+        raise ValueError(f"u: got shape {tuple(u.shape)}, wanted that of G, {tuple(G.shape)}")
     if norm == math.inf:
         return G.sign()
-    g = G.flatten(1)
+    g, tiny = G.flatten(1), torch.finfo(G.dtype).tiny
     if norm == 2:
-        return (g / g.norm(dim=1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)).view_as(G)
+        g = g / g.abs().amax(1, keepdim=True).clamp_min(tiny)  # squares of small or large numbers are out of range
+        return (g / g.norm(dim=1, keepdim=True).clamp_min(tiny)).view_as(G)
     g = torch.where(((u <= 0) & (G < 0) | (u >= 1) & (G > 0)).flatten(1), 0.0, g)
     k = (torch.as_tensor(sparsity, device=g.device) * g.shape[1]).long().clamp(1, g.shape[1]).expand(len(g))
     least = g.abs().sort(1, descending=True).values.gather(1, k[:, None] - 1)

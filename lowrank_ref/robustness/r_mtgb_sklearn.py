@@ -59,6 +59,18 @@ __all__ = ["RMTGBClassifier", "RMTGBRegressor"]
 _FAST = partial(config_context, skip_parameter_validation=True, assume_finite=True)
 
 
+def _check_names(tasks: np.ndarray) -> None:
+    """Require names or numbers that can be sorted: a None among them would name no task."""
+    if tasks.dtype != object:
+        return
+    if missing := sum(task is None for task in tasks):
+        raise ValueError(f"tasks contains None in {missing} of {len(tasks)} rows; each row needs a task")
+    try:
+        np.unique(tasks)
+    except TypeError as error:
+        raise ValueError(f"tasks should be all names or all numbers, one in each row: {error}") from error
+
+
 class _RMTGB(BaseEstimator):
     """What both estimators share: settings, tasks, fitting, scores."""
 
@@ -100,26 +112,27 @@ class _RMTGB(BaseEstimator):
         if self.task_column is not None:
             check_scalar(self.task_column, "task_column", Integral)
 
-    def _split(self, X: np.ndarray, tasks: Any) -> tuple[np.ndarray, np.ndarray | None]:
+    def _split(self, X: np.ndarray, tasks: Any, column: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the features as float32, as scikit-learn's trees want them, and the tasks, from wherever they come."""
-        if self.task_column is not None:
+        if column is not None:
             if tasks is not None:
                 raise ValueError("tasks was given although task_column is set; only one of them may name the tasks")
-            if not -X.shape[1] <= self.task_column < X.shape[1] or X.shape[1] < 2:
+            if not -X.shape[1] <= column < X.shape[1] or X.shape[1] < 2:
                 raise ValueError(
-                    f"task_column={self.task_column} is not a column of X beside others; X has {X.shape[1]} features"
+                    f"task_column={column} is not a column of X beside others; X has {X.shape[1]} features"
                 )
-            tasks = X[:, self.task_column]  # still float64: float32 would mix up large numbers
-            X = np.delete(X, self.task_column, axis=1)
+            tasks = X[:, column]  # still float64: float32 would mix up large numbers
+            X = np.delete(X, column, axis=1)
         elif tasks is not None:
             tasks = check_array(tasks, ensure_2d=False, dtype=None, input_name="tasks")
             if tasks.ndim != 1:
                 raise ValueError(f"tasks should be a 1d array, got an array of shape {tasks.shape} instead.")
             check_consistent_length(X, tasks)
+            _check_names(tasks)
         return check_array(X, dtype=np.float32, order="C", input_name="X"), tasks
 
     def _fit(self, X: np.ndarray, Y: np.ndarray, tasks: Any) -> None:
-        X, tasks = self._split(X, tasks)
+        X, tasks = self._split(X, tasks, self.task_column)
         self.tasks_: Any = None
         task = np.zeros(len(X), dtype=np.intp)
         if tasks is not None:
@@ -155,6 +168,7 @@ class _RMTGB(BaseEstimator):
         self.outlier_trees_, self.other_trees_ = forest.outlier, forest.other
         self.theta_path_, self.train_loss_ = np.stack(forest.theta_path), np.array(forest.loss_path)
         self.n_outputs_ = Y.shape[1]
+        self.learning_rate_, self.task_column_ = float(self.learning_rate), self.task_column  # for predictions
 
     @property
     def gate_(self) -> np.ndarray:
@@ -171,7 +185,7 @@ class _RMTGB(BaseEstimator):
     def _rows(self, X: Any, tasks: Any) -> tuple[np.ndarray, np.ndarray]:
         """Return the features and the task numbers of rows to predict."""
         check_is_fitted(self)
-        X, tasks = self._split(validate_data(self, X, dtype=np.float64, reset=False), tasks)
+        X, tasks = self._split(validate_data(self, X, dtype=np.float64, reset=False), tasks, self.task_column_)
         if (tasks is None) != (self.tasks_ is None):
             had = "without" if self.tasks_ is None else "with"
             raise ValueError(f"This {type(self).__name__} was fitted {had} tasks; prediction has to be the same.")
@@ -193,11 +207,11 @@ class _RMTGB(BaseEstimator):
     def _scores(self, X: Any, tasks: Any) -> np.ndarray:
         X, task = self._rows(X, tasks)
         with _FAST():
-            return final_scores(self._forest(), X, task, outputs=self.n_outputs_, lr=float(self.learning_rate))
+            return final_scores(self._forest(), X, task, outputs=self.n_outputs_, lr=self.learning_rate_)
 
     def _staged_scores(self, X: Any, tasks: Any) -> Iterator[np.ndarray]:
         X, task = self._rows(X, tasks)
-        return staged_scores(self._forest(), X, task, outputs=self.n_outputs_, lr=float(self.learning_rate))
+        return staged_scores(self._forest(), X, task, outputs=self.n_outputs_, lr=self.learning_rate_)
 
     def task_functions(self, X: Any, *, specific: bool = True) -> np.ndarray:
         """Return the score of every task's function on every row, shape (T, n, K).
@@ -210,7 +224,7 @@ class _RMTGB(BaseEstimator):
         X, forest = check_array(X, dtype=np.float32, order="C"), self._forest()
         if not specific:
             forest.specific = [[] for _ in forest.specific]
-        number, lr = range(len(forest.specific)), float(self.learning_rate)
+        number, lr = range(len(forest.specific)), self.learning_rate_
         return np.stack([final_scores(forest, X, np.full(len(X), r), outputs=self.n_outputs_, lr=lr) for r in number])
 
 
@@ -237,6 +251,7 @@ class RMTGBRegressor(RegressorMixin, _RMTGB):
         train_loss_: loss after every round, summed over rows.
         shared_trees_, outlier_trees_, other_trees_: lists of trees.
         task_trees_: one list of trees per task.
+        learning_rate_, task_column_: the settings of the fit, by which it predicts, whatever is set since.
         n_features_in_: columns of X, the task column among them.
 
     Example:

@@ -34,6 +34,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowrank_ref.core.actions import Action
 from lowrank_ref.core.checks import check_finite, check_integer, check_number
 from lowrank_ref.core.registry import PaperInfo
 from lowrank_ref.robustness.attack_losses import cross_entropy
@@ -121,7 +122,7 @@ def no_projection(g_n: Float[Tensor, "*shape"], g_a: Float[Tensor, "*shape"]) ->
 
 
 def whole_natural(g_n: Float[Tensor, "*shape"], g_a: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return g_n: `fuse` is then a plain average of the two epochs. A control."""
+    """Return g_n: `fuse` is then the average of both epochs with weights β and 1 - β, plain at β = ½. A control."""
     return g_n
 
 
@@ -152,11 +153,11 @@ def fuse(
     return f + beta * projection(g_n, g_a) + (1 - beta) * g_a
 
 
-class GradientProjection:
+class GradientProjection(Action):
     """Fuse a model with a natural twin at the end of every epoch.
 
     Train both between two calls of `step`, the model on attacks, the twin on clean images, each with its own optimizer
-    state, which is kept. `step` then writes the fused weights, tensor by tensor, into both.
+    state. `step` then writes the fused weights into both, tensor by tensor. Attach it to the optimizer stepping last.
 
     Args:
         model: trained on attacks.
@@ -167,7 +168,7 @@ class GradientProjection:
 
     Raises:
         TypeError, ValueError: beta or every out of range, or a twin that is not a copy. On `step`: a weight with NaN or
-            infinity; nothing is then written.
+            infinity; nothing is then written or counted.
     """
 
     def __init__(
@@ -190,10 +191,10 @@ class GradientProjection:
         self.start = {name: p.detach().clone() for name, p in ours.items()}
 
     @torch.no_grad()
-    def step(self) -> None:
+    def act(self) -> None:
         """Count; at the end of an epoch, fuse."""
-        self.calls += 1
-        if self.calls % self.every:
+        if (self.calls + 1) % self.every:
+            self.calls += 1
             return
         natural = dict(self.twin.named_parameters())
         for name, p in self.model.named_parameters():
@@ -203,17 +204,15 @@ class GradientProjection:
             p.copy_(fuse(self.start[name], natural[name], p, beta=self.beta, projection=self.projection))
             self.start[name] = p.detach().clone()
         self.twin.load_state_dict(self.model.state_dict())
+        self.calls += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return the count of calls and the weights at the start of the epoch."""
         return {"calls": self.calls, "start": {name: t.clone() for name, t in self.start.items()}}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load what `state_dict` returned.
-
-        Raises:
-            ValueError: weights of another model.
-        """
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Load what `state_dict` returned; another state, or weights of another model, raise a ValueError."""
+        self._check_keys(state)
         shapes = {name: t.shape for name, t in self.start.items()}
         if {name: t.shape for name, t in state["start"].items()} != shapes:
             raise ValueError(f"state: got weights of another model, wanted {sorted(shapes)} with the same shapes")

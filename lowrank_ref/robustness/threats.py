@@ -19,8 +19,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from lowrank_ref.core.checks import check_integer, check_number
-from lowrank_ref.robustness.attack_losses import cross_entropy, dlr
-from lowrank_ref.robustness.attacks import Attacked, SampleLoss, apgd, eval_mode
+from lowrank_ref.robustness.attack_losses import check_labels, cross_entropy, dlr
+from lowrank_ref.robustness.attacks import Attacked, SampleLoss, apgd, check_known, eval_mode
 from lowrank_ref.robustness.projections import NORMS
 
 
@@ -28,9 +28,12 @@ from lowrank_ref.robustness.projections import NORMS
 def right(
     model: nn.Module, x: Float[Tensor, "samples *shape"], y: Int64[Tensor, " samples"]
 ) -> Bool[Tensor, " samples"]:
-    """Say which samples the model, in eval mode, classifies as y."""
+    """Say which samples the model, in eval mode, classifies as y. NaN logits or labels out of range raise errors."""
     with eval_mode(model):
-        return model(x).argmax(1) == y
+        logits = model(x)
+    check_labels(y, logits.shape[1])
+    check_known("logits", ~logits.isnan())
+    return logits.argmax(1) == y
 
 
 def survivors(
@@ -69,12 +72,17 @@ def survivors(
 def union_accuracy(correct: Bool[Tensor, "attacks samples"]) -> float:
     """Return the share of samples that are right under every attack.
 
+    Raises:
+        TypeError, ValueError: no truth values, or none for (attacks, samples), at least one of each.
+
     Example:
         >>> union_accuracy(torch.tensor([[True, True, False], [False, True, True]]))
         0.3333333333333333
     """
-    if correct.numel() == 0:
-        raise ValueError(f"correct: got shape {tuple(correct.shape)}, wanted at least one attack and one sample")
+    if correct.dtype != torch.bool:
+        raise TypeError(f"correct: got dtype {correct.dtype}, wanted truth values")
+    if correct.ndim != 2 or correct.numel() == 0:
+        raise ValueError(f"correct: got shape {tuple(correct.shape)}, wanted (attacks, samples), at least one of each")
     return correct.all(dim=0).double().mean().item()
 
 

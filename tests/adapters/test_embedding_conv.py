@@ -309,3 +309,17 @@ def test_a_quantised_weight_raises():
         base.weight = nn.Parameter(base.weight.to(torch.int8), requires_grad=False)
         with pytest.raises(TypeError, match=r"base\.weight: got dtype torch\.int8"):
             adapter(base, 1)
+
+
+def test_dropout_of_a_convolution_acts_on_the_update_in_training_only():
+    x = CASES["convolution"][1]
+    layer = moved(LoRAConv2d(nn.Conv2d(3, 4, 3, dtype=torch.float64), 2, dropout=0.5, generator=seeded()))
+    base, update = layer.base(x), layer.eval()(x) - layer.base(x)
+    layer.train()
+    assert_close(sum(layer(x) for _ in range(400)) / 400, base + update, atol=0.5 * update.abs().max().item())
+    assert not torch.equal(layer(x), layer(x))
+    with torch.no_grad():
+        layer.B.zero_()
+    assert_close(layer(x), base)
+    with pytest.raises(ValueError, match="dropout: got 1.0"):
+        LoRAConv2d(nn.Conv2d(3, 4, 3), 2, dropout=1.0)

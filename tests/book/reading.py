@@ -28,6 +28,9 @@ PAGES = sorted(path.relative_to(HTML).as_posix() for path in HTML.rglob("*.html"
 PAGES = [name for name in PAGES if name != "index.html"]  # it only leads on to the first page
 CHAPTERS = [name for name in PAGES if (ROOT / "book" / name).with_suffix(".ipynb").exists()]
 
+#: Chapters whose rewriting is under way: they still have the old order. None is added.
+OLD_ORDER: tuple[str, ...] = ()
+
 needs_pages = pytest.mark.skipif(not PAGES, reason="no pages: run `python book/tools/build.py` first")
 each_page = pytest.mark.parametrize("name", PAGES)
 each_chapter = pytest.mark.parametrize("name", CHAPTERS)
@@ -41,6 +44,10 @@ def in_browser(test):
 
 def text(name):
     return (HTML / name).read_text(encoding="utf-8")
+
+
+#: Chapters with equations beside their code.
+PAIRED = [name for name in CHAPTERS if 'class="lr-beside"' in text(name)]
 
 
 @functools.cache  # parsing takes longer than all that is asked of a page

@@ -1,8 +1,10 @@
-"""The built pages as a reader's browser shows them, served under a strict policy on what they may load."""
+"""What only some pages do (search, filter, a phone, a disk), in a reader's browser. What all do: `test_visit.py`."""
 
 import re
 
-from reading import HTML, POLICY, each_chapter, each_page, in_browser, read
+import pytest
+from asks import ASKS, PHONE
+from reading import HTML, PAIRED, in_browser, read
 
 from lowrank_ref.core.registry import papers
 
@@ -15,65 +17,28 @@ QUERIES = [
 
 
 @in_browser
-@each_page
-def test_page_reads_well(reader, site, name):
-    read(reader, f"{site}/{name}")
-    formulas = reader.locator("span.math, div.math").count()
-    assert reader.locator("mjx-container").count() >= formulas
-    assert reader.locator("mjx-merror").all_text_contents() == []
-    for alt in reader.locator(".bd-article img").evaluate_all("images => images.map(image => image.alt)"):
-        assert len(alt) >= 20 and not alt.endswith(".png"), f"alt text: got {alt!r}"
-    reader.set_viewport_size({"width": 360, "height": 740})
-    assert reader.evaluate("document.documentElement.scrollWidth") <= 360, "the page scrolls sideways on a phone"
-    assert reader.complaints == []
-
-
-@in_browser
-def test_the_policy_is_enforced(page, site):
-    """The test above means something: eval and foreign pictures are refused, and told."""
-    assert "unsafe-eval" not in POLICY
-    page.goto(f"{site}/intro.html")
-    page.evaluate("document.body.append(Object.assign(new Image(), {src: 'http://localhost:1/x.png'}))")
-    # Later, for what a debugger starts itself may use eval.
-    with page.expect_console_message(lambda message: message.text == "no eval"):
-        page.add_script_tag(
-            content="setTimeout(() => { try { eval('1') } catch (error) { console.error('no eval') } })"
-        )
-    assert any("no eval" in complaint for complaint in page.complaints)
-    assert any("violates" in complaint for complaint in page.complaints)
-
-
-@in_browser
-@each_chapter
-def test_explorers_move(reader, site, name):
-    """By keyboard, by mouse and by a finger."""
-    read(reader, f"{site}/{name}")
-    for explorer in reader.locator(".lr-explore").all():
-        frame = explorer.locator("[data-frame]").first
-        for slider, value_shown in zip(explorer.locator("input[type=range]").all(), explorer.locator("output").all()):
-            before, value = frame.inner_html(), slider.get_attribute("aria-valuetext")
-            slider.press("ArrowLeft")
-            assert frame.inner_html() != before
-            assert slider.get_attribute("aria-valuetext") != value
-            box = slider.bounding_box()
-            for share in (0.02, 0.98):  # a click near either end chooses the first or the last frame
-                slider.click(position={"x": box["width"] * share, "y": box["height"] / 2})
-                wanted = slider.get_attribute("min" if share < 0.5 else "max")
-                assert slider.input_value() == wanted
-            assert slider.get_attribute("aria-valuetext") == value_shown.text_content()
-    assert reader.complaints == []
-
-
-@in_browser
-def test_an_explorer_follows_a_finger(visit, site):
-    page = visit(viewport={"width": 360, "height": 740}, has_touch=True)
-    read(page, f"{site}/adapters/lora.html")
-    slider = page.locator(".lr-explore input[type=range]").first
-    slider.scroll_into_view_if_needed()
-    box = slider.bounding_box()
-    page.touchscreen.tap(box["x"] + 0.97 * box["width"], box["y"] + box["height"] / 2)
-    assert slider.input_value() == slider.get_attribute("max")
+@pytest.mark.parametrize("name", ["adapters/lora.html", "primer.html", "claims.html"])
+def test_opened_on_a_phone(visit, subtests, site, name):
+    """A page that was never wide, and an explorer that follows a finger."""
+    page = visit(viewport=PHONE, has_touch=True)
+    read(page, f"{site}/{name}")
+    for ask in (ask for size, asks in ASKS if size == PHONE for ask in asks):
+        with subtests.test(ask.__name__):
+            ask(page, name)
+    for slider in page.locator(".lr-explore input[type=range]").all()[:1]:
+        slider.scroll_into_view_if_needed()
+        box = slider.bounding_box()
+        page.touchscreen.tap(box["x"] + 0.97 * box["width"], box["y"] + box["height"] / 2)
+        assert slider.input_value() == slider.get_attribute("max")
     assert page.complaints == []
+
+
+@in_browser
+def test_without_javascript_equation_and_code_are_there(visit, site):
+    page = visit(java_script_enabled=False)
+    page.goto(f"{site}/{PAIRED[0]}")
+    pair = page.locator(".lr-beside").first
+    assert "\\tag{1}" in pair.locator("div.math").text_content() and "def " in pair.locator("pre").text_content()
 
 
 @in_browser
@@ -155,17 +120,10 @@ def test_pages_work_from_disk(page):
 
 
 @in_browser
-def test_icons_are_drawn(page, site):
-    """The cut-down fonts hold every icon of the theme's bars; an empty one has no width."""
-    page.goto(f"{site}/adapters/lora.html")
-    page.evaluate("document.fonts.ready")
-    icons = page.locator("i[class*='fa-']:visible, span[class*='fa-']:visible")
-    assert icons.count() >= 5
-    fonts = page.evaluate("[...document.fonts].filter(f => f.status == 'loaded').map(f => f.family).join()")
-    assert "Font Awesome 6 Free" in fonts and "Font Awesome 6 Brands" in fonts
-    for icon in icons.all():
-        content = icon.evaluate("icon => getComputedStyle(icon, '::before').content")
-        assert re.fullmatch('"."', content), icon.get_attribute("class")
+def test_a_dark_system_gets_dark_pages(visit, site):
+    page = visit(color_scheme="dark")
+    page.goto(f"{site}/intro.html")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
 
 
 @in_browser

@@ -33,6 +33,11 @@ def test_a_button_gets_a_name_and_a_signature_is_no_list():
     assert mended(signature, "a.html") == wanted + '<dl class="simple"><dt>x</dt><dd>y</dd></dl>'
 
 
+def test_a_fold_of_code_is_named_by_its_own_words():
+    fold = '<summary aria-label="Toggle hidden content">\n<p>Code of Figure 2</p></summary>'
+    assert mended(fold, "a.html") == "<summary>\n<p>Code of Figure 2</p></summary>"
+
+
 def document(*texts):
     page = new_document("page")
     page += [nodes.paragraph("", text) for text in texts]

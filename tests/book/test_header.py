@@ -1,7 +1,9 @@
-"""What stands under a chapter's title, and the graph of what to read before what."""
+"""The quiet line below a chapter's picture, and the graph of what to read before what."""
 
 import chapter_header
+import nbformat
 import pytest
+import reading_time
 import yaml
 from links import ROOT
 from pybtex.database import parse_string
@@ -15,19 +17,37 @@ each_paper = pytest.mark.parametrize("paper", PAPERS.values(), ids=lambda paper:
 
 
 def header(paper):
+    """The page, and the items of the line; folds are items as well."""
     page = soup(f"{paper.part}/{paper.key}.html")
-    return page, [item.get_text() for item in page.select("ul.badges li")]
+    (line,) = page.select("ul.badges")
+    return page, line.find_all("li", recursive=False)
+
+
+def told(paper):
+    return [" ".join(item.get_text(" ").split()) for item in header(paper)[1]]
 
 
 @needs_pages
 @each_paper
-def test_badges_tell_what_was_measured(paper):
-    _, badges = header(paper)
-    assert f"State: {paper.status} {paper.verified}".strip() in badges
-    assert any(text.startswith("Runs in ") and text.endswith("CPU") for text in badges)
+def test_the_line_stands_right_below_the_first_picture(paper):
+    page, _ = header(paper)
+    (line,) = page.select("ul.badges")
+    cell = page.select_one("figure.lr-figure").find_parent("div", class_="cell")
+    assert cell.find_next_sibling() is line
+    assert not page.select(".admonition.before")  # no box anywhere
+
+
+@needs_pages
+@each_paper
+def test_the_line_tells_what_was_measured(paper):
+    items = told(paper)
+    notebook = nbformat.read(BOOK / paper.part / f"{paper.key}.ipynb", as_version=4)
+    assert items[0] == f"Reads in {reading_time.said(notebook)}"
+    assert f"state: {paper.status} {paper.verified}".strip() in items
+    assert any(text.startswith("runs in ") and text.endswith("CPU") for text in items)
     gpus = chapter_header.gpus(BOOK, paper.key)
-    assert [text for text in badges if "GPU" in text] == ([f"GPU results: {', '.join(gpus)}"] if gpus else [])
-    assert {"Open in Colab", "Notebook", "Source", "Tests", f"arXiv:{paper.arxiv}"} <= set(badges)
+    assert [text for text in items if "GPU" in text] == ([f"GPU results: {', '.join(gpus)}"] if gpus else [])
+    assert {"Open in Colab", "Notebook", "Source", "Tests", f"arXiv:{paper.arxiv}"} <= set(items)
 
 
 def test_a_processor_is_no_gpu(tmp_path):
@@ -42,13 +62,13 @@ def test_a_processor_is_no_gpu(tmp_path):
 
 @needs_pages
 @each_paper
-def test_the_box_links_what_to_read_before(paper):
+def test_the_line_links_what_to_read_before(paper):
     page, _ = header(paper)
-    (box,) = page.select(".admonition.before")
-    assert box.get_text(" ", strip=True).startswith("Before you read")
-    targets = [link["href"] for link in box.select("a")]
+    (item,) = page.select("ul.badges > li.needs")
+    targets = [link["href"] for link in item.select("a")]
     assert [target.split("/")[-1] for target in targets] == [f"{need}.html" for need in paper.needs]
-    assert paper.needs or "stands alone" in box.get_text()
+    text = " ".join(item.get_text().split())
+    assert text.startswith("Read before: ") if paper.needs else text == "stands alone"
 
 
 def card(**changes) -> PaperInfo:
@@ -66,7 +86,7 @@ def test_changes_come_newest_first():
 @each_paper
 def test_paper_and_book_can_be_cited(paper):
     page, _ = header(paper)
-    blocks = [block.get_text() for block in page.select("details.fold pre")]
+    blocks = [block.get_text() for block in page.select("ul.badges details.fold pre")]
     entries = parse_string("\n".join(blocks), "bibtex").entries
     assert list(entries) == [paper.key, "lowrank_ref"]
     stated = yaml.safe_load((ROOT / "CITATION.cff").read_text())

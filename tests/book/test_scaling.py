@@ -147,7 +147,7 @@ def work(rank, world, folder):
 
 def test_the_tables_count_what_is_sent(tmp_path):
     torch.multiprocessing.spawn(work, args=(2, str(tmp_path)), nprocs=2)
-    found = torch.load(tmp_path / "found")
+    found = torch.load(tmp_path / "found", weights_only=True)
     for name, (reduced, *sharded) in found.items():
         assert reduced == sent_by_ddp(M, N, R, 0.1)[name], name
         if sharded:

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import sys
 
+import check
 import execute
 import fresh
 import nbformat
@@ -44,6 +46,15 @@ def test_convert_makes_a_minimal_notebook(tmp_path):
     assert notebook["cells"][2]["metadata"]["mystnb"]["image"]["alt"].startswith("A line")
     assert "plt.plot([0, 1])\n" in notebook["cells"][2]["source"]  # formatted
     assert set(notebook["metadata"]) == {"kernelspec", "language_info"}
+
+
+def test_convert_drops_empty_cells(tmp_path):
+    """One above the title would hide the install cell, and a second one would be made."""
+    text = f"# %%\n\n# %% [markdown]\n# # Title\n\n# %%\n{install_cell()}\n"
+    (tmp_path / "chapter.py").write_text(text)
+    convert(tmp_path / "chapter.py", tmp_path / "chapter.ipynb")
+    notebook = nbformat.read(tmp_path / "chapter.ipynb", as_version=4)
+    assert [cell.source for cell in notebook.cells] == ["# Title", install_cell()]
 
 
 def test_convert_mends_a_stale_install_cell(tmp_path):
@@ -131,17 +142,54 @@ def test_tables_of_docstrings():
     ]
 
 
-def test_a_fresh_notebook_stands_alone_and_installs_the_wheel(tmp_path):
-    wheel = tmp_path / "lowrank_ref-0.1.0-py3-none-any.whl"
+def test_longest_chapters_come_first(tmp_path, monkeypatch):
+    path = tmp_path / "timings.json"
+    path.write_text(json.dumps({"part/short": {"seconds": 5}, "part/long": {"seconds": 45}, "primer": {"seconds": 15}}))
+    monkeypatch.setattr(execute, "TIMINGS", path)
+    names = ["part/short.ipynb", "primer.ipynb", "part/new.ipynb", "part/long.ipynb"]
+    order = execute.longest_first([tmp_path / name for name in names])
+    assert [path.stem for path in order] == ["new", "long", "primer", "short"]
+    assert check.command(check.STEPS["chapters"])[-len(chapters()) :] == list(
+        map(str, execute.longest_first(chapters()))
+    )
+
+
+def test_ci_leaves_no_check_out():
+    steps = list(check.STEPS)
+    assert check.wanted([]) == [name for name in steps if name != "fresh"]
+    assert check.wanted(["--ci"]) == [name for name in steps if name != "chapters"]
+    assert check.wanted(["book", "unit"]) == ["book", "unit"]
+    with pytest.raises(SystemExit, match="other: wanted some of style"):
+        check.wanted(["unit", "other"])
+
+
+def test_a_fresh_notebook_stands_alone(tmp_path):
     for path in chapters():
-        copy = fresh.alone(path, tmp_path, wheel)
+        copy = fresh.alone(path, tmp_path)
         assert [file.name for file in copy.parent.iterdir()] == [path.name]
-        code = [cell.source for cell in nbformat.read(copy, as_version=4).cells if cell.cell_type == "code"]
-        assert f'%pip install -q "lowrank-ref[book] @ {wheel.as_uri()}"' in code[0]
-        assert code[1:] == [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"][1:]
+        assert copy.read_bytes() == path.read_bytes()
 
 
 def test_a_fresh_notebook_must_install(tmp_path):
     path = save(tmp_path / "a.ipynb", "print(1)")
     with pytest.raises(ValueError, match="a.ipynb: its first cell does not install"):
-        fresh.alone(path, tmp_path, tmp_path / "x.whl")
+        fresh.alone(path, tmp_path)
+
+
+def test_a_fresh_run_compares_in_the_new_environment(tmp_path, monkeypatch, capfd):
+    """Here its kernel is this Python with a mark, which nothing else has."""
+    folder = tmp_path / "share" / "jupyter" / "kernels" / fresh.KERNEL
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {"argv": command, "display_name": "", "language": "python", "env": {"MARK": "new"}}
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setattr(fresh, "FRESH", tmp_path)
+    said = [new_output("stream", text="new ['a.ipynb']\n")], [new_output("stream", text="old ['b.ipynb']\n")]
+    for name, outputs in zip("ab", said):
+        source = "import os\nprint(os.environ['MARK'], os.listdir())"
+        cells = [new_code_cell(install_cell(), execution_count=1)]
+        cells += [new_code_cell(source, execution_count=2, outputs=outputs)]
+        nbformat.write(new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
+    assert fresh.run([tmp_path / "a.ipynb", tmp_path / "b.ipynb"]) == 1
+    printed = capfd.readouterr().out
+    assert "FAILED b/b.ipynb::Cell 1" in printed and "1 failed, 3 passed" in printed

@@ -24,6 +24,8 @@ def test_good_values_pass():
         (torch.ones(2, 0), ValueError, r"W: got shape \(2, 0\)"),
         (torch.ones(2, 3, dtype=torch.int32), TypeError, r"W: got dtype torch\.int32, wanted a floating"),
         (torch.tensor([[1.0, torch.nan], [torch.inf, 0.0]]), ValueError, "W: got 2 NaN or infinite entries of 4"),
+        (torch.ones(2, 3).to(torch.float8_e5m2), TypeError, r"W: got dtype torch.float8_e5m2, wanted .* 16 bits"),
+        (torch.ones(2, 3, device="meta"), ValueError, r"W: got a tensor without numbers \(meta device\)"),
     ],
 )
 def test_check_matrix_names_argument_got_and_wanted(value, error, message):

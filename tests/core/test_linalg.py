@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_ref.core.linalg import (
     captured_energy,
@@ -20,6 +21,10 @@ from lowrank_ref.core.linalg import (
 )
 
 sides = st.integers(1, 9)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def gaussian(m, n, seed=0, dtype=torch.float64):
@@ -110,6 +115,47 @@ def test_power_basis_sharpens_with_iterations_and_with_a_good_start():
     assert_close(projector(power_basis(W, 5, start=svd_basis(W, 5), iterations=0)), projector(svd_basis(W, 5)))
 
 
+@pytest.mark.parametrize("basis", [svd_basis, gram_basis, power_basis, subspace_basis])
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (6, 6)])
+def test_a_basis_is_turned_along_the_last_one(basis, shape, no_shape_checks):
+    """Signs follow `start` column by column, whatever the rule says; the space does not depend on them."""
+    W = decaying(*shape)
+    options = {"generator": torch.Generator().manual_seed(0)} if basis is power_basis else {}
+    for signs in ([1.0, 1.0, 1.0], [-1.0, 1.0, -1.0], [-1.0, -1.0, -1.0]):
+        old = svd_basis(W, 3) * torch.tensor(signs)
+        drifted = basis(W + 0.02 * gaussian(*shape, seed=7), 3, start=old, **options)
+        assert bool(((drifted * old).sum(0) > 0.9).all())
+        assert drifted.dtype == torch.float64 and basis(W.float(), 3, start=old.bfloat16()).dtype == torch.float32
+    other = basis(W, 3, start=torch.eye(*shape)[:, :2].double(), **({"generator": seeded()} if options else {}))
+    assert bool((other.gather(0, other.abs().argmax(0, keepdim=True)) > 0).all())  # a start of another shape: no start
+
+
+def test_a_batch_is_turned_matrix_by_matrix():
+    G = torch.stack([decaying(9, 6), decaying(9, 6).flip(0)])
+    old = subspace_basis(G, 3) * torch.tensor([[[1.0, -1.0, 1.0]], [[-1.0, 1.0, 1.0]]])
+    torch.testing.assert_close(
+        subspace_basis(G, 3, start=old, iterations=30),
+        subspace_basis(G, 3, iterations=30) * (torch.tensor([[[1.0, -1.0, 1.0]], [[-1.0, 1.0, 1.0]]])),
+        rtol=0,
+        atol=1e-9,
+    )
+
+
+def test_the_flops_of_products_are_those_of_the_docstrings():
+    """A thin QR takes 4mr²; the solves of `orthonormal`, 2mr², are no products."""
+    k, r, steps = 40, 10, 3
+
+    def products(function):
+        with FlopCounterMode(display=False) as counter:
+            function()
+        return counter.get_total_flops()
+
+    assert products(lambda: orthonormal(gaussian(k, r))) == 4 * k * r**2
+    G = gaussian(k, 60)
+    wanted = 2 * k * k * 60 + steps * (2 * k**2 * r + 4 * k * r**2)
+    assert products(lambda: subspace_basis(G, r, iterations=steps)) == wanted
+
+
 def test_randomness_comes_from_the_generator_only():
     W, state = gaussian(9, 8), torch.get_rng_state()
     a, b, c = (power_basis(W, 2, iterations=0, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
@@ -168,7 +214,7 @@ def test_bad_input_raises(function, case):
         function(W, rank)
 
 
-def test_bad_options_raise():
+def test_bad_options_raise(no_shape_checks):
     with pytest.raises(ValueError, match="iterations: got -1"):
         power_basis(torch.ones(2, 2), 1, iterations=-1)
     for S in ([0.0, 0.0], [1.0, torch.nan]):
@@ -176,10 +222,29 @@ def test_bad_options_raise():
             effective_rank(torch.tensor(S))
         with pytest.raises(ValueError, match="S: got"):
             stable_rank(torch.tensor(S))
-    with pytest.raises(ValueError, match="negative"):
-        effective_rank(torch.tensor([1.0, -1.0]))
-    with pytest.raises(ValueError, match="G: got"):
-        captured_energy(torch.full((2, 2), torch.nan), torch.eye(2))
+    for measure in (effective_rank, stable_rank):
+        with pytest.raises(ValueError, match="negative"):
+            measure(torch.tensor([1.0, -1.0]))
+    for G, P, error, message in (
+        (torch.full((2, 2), torch.nan), torch.eye(2), ValueError, "G: got"),
+        (torch.eye(2), torch.full((2, 2), torch.nan), ValueError, "P: got"),
+        (torch.ones(2, 2, dtype=torch.int64), torch.eye(2), TypeError, "G: got dtype"),
+        (torch.eye(2), torch.ones(2, 1, dtype=torch.int64), TypeError, "P: got dtype"),
+        (torch.ones(3, 2), torch.eye(2), ValueError, "P: got 2 rows, wanted 3"),
+    ):
+        with pytest.raises(error, match=message):
+            captured_energy(G, P)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_measures_do_not_depend_on_the_size_of_the_numbers(size):
+    """Squares of these are no float32 numbers, and those of 1e-200 and 1e200 no float64 numbers."""
+    W = decaying(5, 4).float()
+    P = svd_basis(W, 2)
+    assert captured_energy(W * size, P) == pytest.approx(captured_energy(W, P), rel=1e-5)
+    S = torch.linalg.svdvals(decaying(5, 4))
+    for measure in (effective_rank, stable_rank):
+        assert measure(S * (1e-200 if size < 1 else 1e200)) == pytest.approx(measure(S), rel=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (30, 30), (3, 20, 9)])

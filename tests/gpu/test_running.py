@@ -12,7 +12,7 @@ from torch import nn
 from lowrank_ref.adapters import LoRALinear, RandLoRALinear
 from lowrank_ref.core.io import load_adapters, save_adapters, save_tensors
 from lowrank_ref.core.layers import replace_linears
-from lowrank_ref.lowbit import BitLinear, PackedLinear, load_packed, pack_model
+from lowrank_ref.lowbit import BitLinear, HGFLinear, PackedLinear, load_packed, pack_model
 from lowrank_ref.pretraining import SLTrainLinear
 
 pytestmark = pytest.mark.gpu
@@ -32,6 +32,13 @@ def moved(layer):
     for i, p in enumerate(p for p in layer.parameters() if p.requires_grad):
         p.data.add_(battery.gaussian(*p.shape, seed=20 + i).to(p), alpha=0.05)
     return layer
+
+
+def codes():
+    """Activations that int8 holds exactly, so that no rounding decides on a tie."""
+    x = torch.randint(-127, 128, (16, N), generator=seeded(2)).float()
+    x[:, 0] = 127
+    return x / 64
 
 
 #: Name -> layer from nn.Linear.
@@ -56,15 +63,27 @@ def pass_both_ways(run, layer, x):
 def test_inductor_equals_eager(name, device, no_shape_checks):
     """Forward and backward. Both err by at most K·ε of a sum over K = 128, three in a row; inputs lie on int8 codes."""
     layer = moved(LAYERS[name](linear(device)))
-    codes = torch.randint(-127, 128, (16, N), generator=seeded(2)).float()
-    codes[:, 0] = 127
-    x = (codes / 64).to(device)
+    x = codes().to(device)
     wanted = pass_both_ways(layer, layer, x)
     got = pass_both_ways(torch.compile(layer, fullgraph=True), layer, x)
     assert got.keys() == wanted.keys() and len(wanted) > 3
     for key, value in wanted.items():
         atol = 6 * N * torch.finfo(torch.float32).eps * max(1.0, float(value.abs().max()))
         torch.testing.assert_close(got[key], value, rtol=0, atol=atol, msg=lambda m, key=key: f"{name}, {key}: {m}")
+
+
+@pytest.mark.parametrize("name", ["BitLinear", "HGFLinear"])
+def test_packed_layers_compile_to_one_graph(name, device, no_shape_checks):
+    """The kernel is one operator for the compiler; where no kernel runs, it compiles the definition."""
+    layer = BitLinear(linear(device), sub_norm=False)
+    if name == "HGFLinear":
+        layer = HGFLinear(linear(device), 8, gate=0.3, sub_norm=False, generator=seeded(1))
+        layer.B.data.copy_(battery.gaussian(M, 8, seed=3) / 8)
+    packed, x = pack_model(nn.Sequential(layer)).eval(), codes().to(device)
+    with torch.no_grad():
+        got, wanted = torch.compile(packed, fullgraph=True)(x), packed(x)
+    limit = 6 * N * torch.finfo(torch.float32).eps * float(wanted.abs().max())
+    torch.testing.assert_close(got, wanted, rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

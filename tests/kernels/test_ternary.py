@@ -1,5 +1,7 @@
 """Products with packed weights in Triton's interpreter, against the definitions. `tests/gpu` runs them on a GPU."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -44,6 +46,17 @@ def test_quantising_is_the_definition_to_the_bit(rows, n, seed):
     assert torch.equal(x_sum, codes.sum(1, dtype=torch.int32))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, in the interpreter
+def test_nan_and_infinity_spoil_their_own_token_as_in_the_definition():
+    T, x, beta = problem(6, 7, 40)
+    x[1, 3], x[2, 39], x[3, 0], x[4, 5] = math.nan, math.inf, -math.inf, -math.nan
+    codes, scale, x_sum = kernels.quantise(x)
+    y = kernels.ternary_matmul(codes, pack(T), beta, scale=scale, x_sum=x_sum)
+    wanted = definition.packed_linear(x, pack(T), beta)
+    assert wanted[1:5].isnan().all() and wanted[[0, 5]].isfinite().all()
+    torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 def test_halves_round_to_even_and_zero_rows_stay_zero():
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -3.5], [0.0] * 6])
     assert kernels.quantise(x)[0].tolist() == [[127, 0, 2, 2, 0, -4], [0] * 6]
@@ -79,7 +92,7 @@ def test_a_scale_for_every_row_of_weights(config):
     assert torch.equal(y, (codes.double() @ T.T.double()).float() * (beta / scale[:, None]))
 
 
-@given(rows=st.integers(1, 20), m=st.integers(1, 40), n=st.integers(1, 100), r=st.integers(0, 20), config=EITHER)
+@given(rows=st.integers(1, 20), m=st.integers(1, 40), n=st.integers(1, 100), r=st.integers(0, 80), config=EITHER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_correction_is_added_in_the_same_pass(dtype, rows, m, n, r, config):
     T, x, beta = problem(rows, m, n)
@@ -132,6 +145,10 @@ def test_bad_input_is_named():
     ]:  # fmt: skip
         with pytest.raises(error, match=message):
             kernels.ternary_matmul(*arguments, **options)
+    tensors = {"packed": pack(T), "beta": beta, **sums, "B": ones(4, 2), "t": ones(2, 2)}
+    for name, tensor in tensors.items():
+        with pytest.raises(ValueError, match=f"{name}: got a tensor on meta, wanted cpu, where x is"):
+            kernels.ternary_matmul(codes, **{**tensors, name: tensor.to("meta")})
     with pytest.raises(ValueError, match=r"x: got shape \(9,\)"):
         kernels.quantise(x[0])
 

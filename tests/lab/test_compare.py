@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 
-from lowrank_ref.lab.compare import Comparison, compare
+from lowrank_ref.lab.compare import Arm, Comparison, compare
 
 
 def run(method, lr, seed):
@@ -87,11 +87,11 @@ def test_programming_errors_are_not_hidden():
 def test_table_rounds_as_told_and_is_the_same_every_time():
     table = small().table({"loss": 2, "accuracy": 1, "params": 0})
     assert str(table) == (
-        "method         loss  accuracy  params   best lr\n"
-        "------  -----------  --------  ------  --------\n"
-        "a       0.01 ± 0.01       0.9   1,234       0.1\n"
-        "b       0.01 ± 0.01       0.9   1,234  1 (edge)\n"
-        "c       0.01 ± 0.01       0.9   1,234       0.1"
+        "method         loss  accuracy  params  seeds   best lr\n"
+        "------  -----------  --------  ------  -----  --------\n"
+        "a       0.01 ± 0.01       0.9   1,234      3       0.1\n"
+        "b       0.01 ± 0.01       0.9   1,234      3  1 (edge)\n"
+        "c       0.01 ± 0.01       0.9   1,234      3       0.1"
     )
     assert small().table()._repr_html_() == small().table()._repr_html_()
     assert 'class="lr-table"' in table._repr_html_()
@@ -99,6 +99,135 @@ def test_table_rounds_as_told_and_is_the_same_every_time():
 
 def test_at_best_gives_the_seeds():
     assert small().at_best("loss")["b"] == pytest.approx([0, 0.01, 0.02])
+
+
+# --- arms, and what may be said of two of them ------------------------------------------------------------------------
+
+#: Seed by seed, b - a is 0.10, 0.12, 0.08; c is a again, with one more thing about it.
+LOSSES = {"a": (0.30, 0.33, 0.27), "b": (0.40, 0.45, 0.35), "c": (0.30, 0.33, 0.27)}
+ARMS = {
+    "a": Arm("A and B", steps=200, facts={"norm": "no"}),
+    "b": Arm("all", steps=200, facts={"norm": "no"}, numbers=5000),
+    "c": Arm("A and B", steps=200, facts={"norm": "yes", "start": "zero"}),
+}
+
+
+def valley(method, lr, seed):
+    """Best at 0.1 in validation; the test loss is LOSSES there."""
+    away = abs(math.log10(lr / 0.1))
+    return {
+        "valid": 1 + away + 0.01 * seed,
+        "loss": LOSSES[method][seed] + away,
+        "trainable": 100.0,
+        "state bytes": 800,
+    }
+
+
+def declared(arms=ARMS, lrs=LRS, seeds=(0, 1, 2)):
+    return compare(valley, arms, lrs=lrs, seeds=seeds, metric="valid", workers=1, progress=False)
+
+
+def test_paired_differences_and_their_interval():
+    from scipy import stats
+
+    paired = declared().paired("a", "b", "loss")
+    assert paired.differences == pytest.approx((-0.10, -0.12, -0.08)) and paired.seeds == (0, 1, 2)
+    half = stats.t.ppf(0.975, 2) * 0.02 / math.sqrt(3)
+    assert (paired.mean, paired.low, paired.high) == pytest.approx((-0.10, -0.10 - half, -0.10 + half))
+    assert str(paired) == "loss, a - b: -0.1 (95 %: -0.15 to -0.0503, 3 seeds: -0.1, -0.12, -0.08)"
+
+
+def test_differences_that_are_all_the_same_have_an_interval_of_no_width():
+    assert declared().paired("a", "c", "loss").low == declared().paired("a", "c", "loss").high == 0.0
+
+
+def test_the_rate_is_chosen_by_validation_and_the_test_loss_is_reported():
+    rows = [
+        {"method": m, "lr": lr, "seed": s, "valid": v, "loss": v}
+        for m in "ab" for lr, v in ((0.1, 1.0), (0.2, 2.0)) for s in (0, 1)
+    ]  # fmt: skip
+    rows[0]["loss"] = rows[1]["loss"] = 9.0  # the test loss would have chosen otherwise
+    result = Comparison.stored(rows, {"a": Arm("x", steps=1), "b": Arm("y", steps=1)}, metric="valid")
+    assert result.best()["a"].lr == 0.1 and result.at_best("loss")["a"] == [9.0, 9.0] and result.mean("a", "loss") == 9
+
+
+def test_the_seeds_that_all_rates_have_choose_the_rate():
+    # Two more seeds at the best rate must not make it lose to a rate that only the lucky seed ran.
+    rows = [{"method": "m", "lr": lr, "seed": 0, "loss": loss} for lr, loss in ((1.0, 1.0), (2.0, 1.1), (3.0, 1.2))]
+    rows += [{"method": "m", "lr": 1.0, "seed": seed, "loss": 1.5} for seed in (1, 2)]
+    best = Comparison.stored(rows, {"m": Arm("x", steps=1)}, metric="loss").best()["m"]
+    assert best.lr == 1.0 and best.seeds == 3
+
+
+def test_a_stored_row_cannot_be_left_out():
+    rows = [{"method": m, "lr": 1.0, "seed": 0, "loss": 1.0} for m in "ab"]
+    with pytest.raises(ValueError, match=r"arms: got \['a'\], wanted the methods of the rows: \['a', 'b'\]"):
+        Comparison.stored(rows, {"a": Arm("x", steps=1)}, metric="loss")
+
+
+def test_two_arms_are_told_apart_in_all_that_is_known():
+    differing = declared().differing("a", "b")
+    assert differing == {"trains": ("A and B", "all"), "trained numbers": ("100", "5,000")}
+    assert declared().differing("a", "c") == {"norm": ("no", "yes"), "start": ("-", "zero")}
+    table = str(declared().differences("a", "c"))
+    assert "a and c differ in" in table and "norm" in table and "yes" in table
+    assert declared().facts("a")["rates tried"] == "3, 0.01 to 1" and declared().facts("a")["bytes of state"] == "800"
+
+
+def test_a_fair_comparison_leaves_no_doubt():
+    assert declared().doubts("a", "b", "loss", cause=["trains"]) == []
+
+
+@pytest.mark.parametrize(
+    "a, b, changes, cause, doubt",
+    [
+        ("a", "b", {}, [], "the arms also differ in trains"),
+        ("b", "c", {}, ["trains"], "the arms also differ in norm, start"),
+        ("a", "b", dict(seeds=(0, 1)), ["trains"], "2 seeds"),
+        ("a", "b", dict(lrs={"a": LRS, "b": (0.1, 1.0), "c": LRS}), ["trains"], "3 rates for a, 2 for b"),
+        ("a", "b", dict(lrs=(0.1, 1.0)), ["trains"], "the best rate of a is the lowest tried"),
+        ("a", "b", dict(lrs=(0.01, 0.1)), ["trains"], "the best rate of b is the highest tried"),
+        ("a", "b", dict(arms=["a", "b"]), [], "a, b not declared as an arm"),
+        (
+            "a",
+            "b",
+            dict(arms={**ARMS, "b": Arm("all", steps=400, facts={"norm": "no"})}),
+            ["trains"],
+            "differ in steps",
+        ),
+    ],
+)
+def test_doubts(a, b, changes, cause, doubt):
+    assert any(doubt in found for found in declared(**changes).doubts(a, b, "loss", cause=cause))
+
+
+def test_an_edge_where_the_sweep_is_flat_is_no_doubt():
+    def flat(method, lr, seed):
+        return {"loss": LOSSES[method][seed] + (0.001 if lr > 0.1 else 0.0)}
+
+    result = compare(flat, ARMS, lrs=(0.1, 1.0), seeds=(0, 1, 2), workers=1, progress=False)
+    assert result.best()["a"].edge == "lowest" and result.doubts("a", "b", cause=["trains"]) == []
+
+
+def test_a_cause_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"cause: got \['norm'\], wanted some in which the arms differ: .'trains'"):
+        declared().doubts("a", "b", "loss", cause=["norm"])
+    with pytest.raises(ValueError, match="arms: got 'z', wanted one of a, b, c"):
+        declared().paired("a", "z", "loss")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (dict(trains=" ", steps=1), "trains: got ' '"),
+        (dict(trains="x", steps=-1), "steps: got -1"),
+        (dict(trains="x", steps=True), "steps: got True"),
+        (dict(trains="x", steps=1, facts={"seeds": 3}), r"facts: got \['seeds'\]"),
+    ],
+)
+def test_arms_refuse(words, message):
+    with pytest.raises(ValueError, match=message):
+        Arm(**words)
 
 
 # --- the store --------------------------------------------------------------------------------------------------------
@@ -145,18 +274,39 @@ def test_store_asks_for_the_version(tmp_path):
     assert len(calls) == 2
 
 
-def test_damaged_store_is_an_error(tmp_path):
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"version": "1"}\n',
+        b"notes of mine",  # one line without an end
+        b'{\n "a": 1\n}',  # a JSON file with indents, the last line without an end
+        b'{"version": "1", "key": ["a", 0.1, 0], "row": {"loss": 1}}\nmy notes',
+        b"\xff\xfe\x00",
+        b'{"version": "2", "key": "a", "row": {}}\n',
+    ],
+)
+def test_a_file_of_something_else_is_refused_and_left_as_it_is(text, tmp_path):
     store = tmp_path / "runs.jsonl"
-    store.write_text('{"version": "1"}\n')
-    with pytest.raises(ValueError, match="line 1 of"):
+    store.write_bytes(text)
+    with pytest.raises(ValueError, match="store: .*runs.jsonl"):
         compare(run, ["a"], lrs=[0.1], seeds=[0], store=store, workers=1, progress=False)
+    assert store.read_bytes() == text
+
+
+def test_a_folder_is_no_store(tmp_path):
+    with pytest.raises(ValueError, match="store: got .*, wanted a file"):
+        compare(run, ["a"], lrs=[0.1], seeds=[0], store=tmp_path, workers=1, progress=False)
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(seeds=[]), "methods, lrs, seeds"),
-        (dict(lrs={"a": [1.0]}), "methods, lrs, seeds"),
+        (dict(seeds=[]), "arms, lrs, seeds"),
+        (dict(lrs={"a": [1.0]}), "arms, lrs, seeds"),
+        (
+            dict(lrs={"a": [1.0], "b": [1.0], "c": [0.1], "d": [1.0]}),
+            r"lrs: got grids for \['d'\], wanted arms: a, b, c",
+        ),
         (dict(workers=0), "workers: got 0"),
         (dict(metric="lost"), "metric: got 'lost'"),
     ],

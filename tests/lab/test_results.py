@@ -70,3 +70,63 @@ def test_layers_stand_beside_their_peers():
     assert results.layer_table({"rows": rows}, "LoRA").rows == [lora]
     with pytest.raises(ValueError, match="names: got 'DoRA', wanted some of frozen nn.Linear, LoRA, PEFT LoRA"):
         results.layer_table({"rows": rows}, "DoRA")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("../secret", None, "name: got '../secret', wanted the name of a file in book/results"),
+        ("torn", b'{"a": ', "torn.json is no whole JSON file"),
+        ("bytes", b"\xff\xfe", "bytes.json is no whole JSON file"),
+        ("list", b"[1]", "list.json holds a list, wanted an object"),
+    ],
+)
+def test_files_that_are_no_results(name, content, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "_FOLDERS", (tmp_path / "results",))
+    (tmp_path / "results").mkdir()
+    (tmp_path / "secret.json").write_text("{}")
+    if content is not None:
+        (tmp_path / "results" / f"{name}.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        results.stored(name)
+
+
+# --- what a result depends on -----------------------------------------------------------------------------------------
+
+CODE = 'def f(x):\n    """Double."""\n    return 2 * x\n'
+
+
+@pytest.mark.parametrize(
+    "text, same",
+    [
+        ('def f(x):  # why\n    """Twice."""\n    return 2*x', True),
+        ("def f(x):\n    return 2 * x", True),
+        ('"""Head."""\n' + CODE, True),
+        (CODE.replace("2", "3"), False),
+        (CODE.replace("x", "y"), False),
+        (CODE + "f(1)", False),
+    ],
+)
+def test_a_digest_follows_what_code_does(text, same, tmp_path):
+    a, b = tmp_path / "a.py", tmp_path / "b.py"
+    a.write_text(CODE)
+    b.write_text(text)
+    assert (results.code_digest(a) == results.code_digest(b)) == same
+
+
+def test_results_older_than_their_code_are_named(tmp_path):
+    (tmp_path / "a.py").write_text(CODE)
+    digest = results.code_digest(tmp_path / "a.py")
+    part = {"rows": [], "provenance": {"files": {"a.py": digest}}}
+    assert results.older_than_code({"speed": part}, tmp_path) == {}
+    assert results.older_than_code({"speed": {"provenance": {}}}, tmp_path) == {}
+    grown = {**part, "runs": [{"files": {"a.py": "old", "gone.py": "x"}}, part["provenance"]]}
+    assert results.older_than_code({"speed": part, "grown": grown}, tmp_path) == {"grown": ["a.py", "gone.py"]}
+    (tmp_path / "a.py").write_text(CODE.replace("2", "3"))
+    assert results.older_than_code({"speed": part}, tmp_path) == {"speed": ["a.py"]}
+
+
+def test_provenance_of_a_part_that_grew_names_every_day():
+    later = {**PART["provenance"], "date": "2026-02-03", "commit": "abc"}
+    text = results.provenance({**PART, "runs": [PART["provenance"], later], "provenance": later})
+    assert "Measured 2026-01-02" in text and "Measured 2026-02-03" in text and "commit abc." in text

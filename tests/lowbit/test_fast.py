@@ -49,6 +49,16 @@ def test_a_corrected_layer_computes_the_same(kernel_path):
         torch.testing.assert_close(packed(batch(5, 21)), wanted, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("cast", [nn.Module.bfloat16, nn.Module.half, nn.Module.double], ids=["bf16", "fp16", "fp64"])
+def test_a_cast_model_takes_the_kernel_and_loses_no_bit_of_beta(cast, kernel_path):
+    layer = base()
+    layer.bias = None
+    packed = PackedLinear(BitLinear(layer, sub_norm=False))
+    with torch.no_grad():
+        wanted = packed(batch(3, 21))
+        assert torch.equal(cast(packed)(batch(3, 21)), wanted)
+
+
 def test_whole_activations():
     packed, beta = definition.pack(torch.randint(-1, 2, (9, 21), generator=seeded(0))), torch.tensor(0.3)
     x = batch(2, 3, 21)

@@ -105,6 +105,20 @@ def test_penalty_and_its_gradient():
     assert value.item() == pytest.approx(0.075) and values.grad.tolist() == pytest.approx([0.1, -0.1])
 
 
+@pytest.mark.parametrize(
+    ("options", "low", "high"), [({}, 0.05, 1), ({"strength": 0.0}, 0.05, 1), ({"strength": 1e-3}, 0, 0.02)]
+)
+def test_the_default_penalty_leaves_gates_open_under_adam(options, low, high):
+    """A correction that the loss needs little is closed by 1e-3, as all were in larger models; not by the default."""
+    made = moved(gate=0.1)
+    adam = torch.optim.Adam([made.theta, made.A, made.B], lr=0.005)
+    for step in range(200):
+        adam.zero_grad()
+        (1e-3 * loss(made, batch(step)) + gate_penalty(gates(made), **options)).backward()
+        adam.step()
+    assert low < made.gate().abs() < high
+
+
 def test_folding_keeps_the_function_and_halves_the_factors():
     made = moved(dtype=torch.float32)
     x = batch(0, torch.float32)
@@ -116,6 +130,11 @@ def test_folding_keeps_the_function_and_halves_the_factors():
     assert made.A.nbytes + made.B.nbytes == hgf.correction_bytes(M, N, 3) == 2 * 3 * (M + N)
     torch.testing.assert_close(made(x), y, rtol=1e-2, atol=1e-2)
     assert not any(p.requires_grad for p in made.parameters())
+    large = moved(dtype=torch.float32)
+    large.B.data[0, 0], before = 1e6, large.A
+    with pytest.raises(ValueError, match="g·B: got 1 NaN or infinite entries"):
+        large.fold_gate()
+    assert large.A is before and large.A.dtype == large.B.dtype == torch.float32 and large.open == 1
 
 
 def test_packing_keeps_the_correction():
@@ -226,6 +245,7 @@ def test_all_parameters_get_gradients_and_they_count_as_stated(name):
         "BitLinear": M * N + M + N,
         "BitLinear without norm": M * N + M,
         "HGFLinear": M * N + M + N + 3 * (M + N) + 1,
+        "HGFLinear without norm": M * N + M + 3 * (M + N) + 1,
         "DifferentialAttention": 4 * d * d + 6 * (d // 4),
     }
     assert sum(p.numel() for p in made.parameters()) == wanted[name]
@@ -359,6 +379,51 @@ def test_two_processes_equal_one(name, two_processes):
     assert any(not torch.equal(value, start[key]) for key, value in made.state_dict().items())
 
 
+# Casts and inputs.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_leaves_the_gate_in_float32(dtype):
+    made = moved(dtype=torch.float32, gate=0.3)
+    schedule = GateSchedule(made, warmup=0, freeze=1)
+    schedule.step()  # frozen: what the gate is held at stands in a buffer
+    made(batch(0, torch.float32)).sum().backward()
+    gate = made.gate().item()
+    made.to(dtype)
+    assert made.gate().item() == gate and made.A.dtype == made.B.dtype == dtype
+    assert made.theta.dtype == made.theta.grad.dtype == made.held.dtype == made.open.dtype == torch.float32
+    y = made(batch(0, dtype))
+    assert y.dtype == dtype and y.isfinite().all()
+    torch.optim.Adam(made.parameters()).step()
+
+
+def packed_hgf():
+    return pack_model(nn.Sequential(moved(dtype=torch.float32)))[0]
+
+
+INPUTS = {name: partial(layer, name, dtype=torch.float32) for name in LAYERS if name != "DifferentialAttention"}
+INPUTS |= {
+    "PackedLinear": lambda: PackedLinear(layer("BitLinear", dtype=torch.float32)),
+    "PackedLinear without norm": lambda: PackedLinear(layer("BitLinear without norm", dtype=torch.float32)),
+    "packed HGFLinear": packed_hgf,
+}
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_of_another_kind_or_width_are_refused(name):
+    made = INPUTS[name]()
+    for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(TypeError, match=f"x: got dtype {dtype}, wanted a floating-point dtype"):
+            made(torch.ones(2, N).to(dtype))
+    for shape in ((2, N - 1), (2, N + 1), (2, 1), (N, 2), (2, 0), ()):
+        with pytest.raises(ValueError, match=rf"x: got shape .*, wanted \(\.\.\., {N}\)"):
+            made(torch.ones(shape))
+    with pytest.raises(TypeError, match="x: got list"):
+        made([1.0] * N)
+    assert made(torch.ones(2, N)).shape == (2, M)
+
+
 # Bad input.
 
 
@@ -392,12 +457,16 @@ def test_bad_bases_and_schedules_are_refused():
         GateSchedule(moved(), warmup=0.5, freeze=2)
 
 
-def test_a_whole_model_of_all_three_parts_trains():
+@pytest.mark.parametrize("sub_norm", [True, False])
+def test_a_whole_model_of_all_three_parts_trains(sub_norm):
     made = GPT(11, dim=16, layers=2, heads=4, length=8, generator=seeded())
     for depth, block in enumerate(made.blocks):
         block.attn = DifferentialAttention(block.attn, depth=depth, generator=seeded())
-    replace_linears(made, r"attn\.[qkv]$", partial(HGFLinear, rank=4, generator=seeded()), trainable=".")
-    replace_linears(made, r"^blocks\.", BitLinear, trainable=".")
+    gated = partial(HGFLinear, rank=4, sub_norm=sub_norm, generator=seeded())
+    replace_linears(made, r"attn\.[qkv]$", gated, trainable=".")
+    replace_linears(made, r"^blocks\.", partial(BitLinear, sub_norm=sub_norm), trainable=".")
+    inside = [p for name, p in made.named_parameters() if name.endswith("gain") and not name.endswith("attn.gain")]
+    assert len(inside) == (2 * 7 if sub_norm else 0)  # the head norm of differential attention is its own
     kinds = [type(m) for n, m in made.named_modules() if n.startswith("blocks.0") and not list(m.children())]
     assert kinds.count(BitLinear) == 7 and len(gates(made)) == 6
     tokens = torch.randint(11, (4, 9), generator=seeded())

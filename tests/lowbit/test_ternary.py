@@ -1,5 +1,6 @@
 """The quantisers of BitNet b1.58, the packed layout and the packed layers, against slow loops and transformers."""
 
+import copy
 import math
 
 import pytest
@@ -124,6 +125,15 @@ def test_straight_through_has_the_exact_value_and_gradient_one():
     assert torch.equal(y, x.round()) and torch.equal(x.grad, torch.ones(50))
 
 
+def test_beta_is_a_constant_in_the_gradient():
+    """As a function of W it would add mean(∂W̃ ∘ T)·sign(W), without any gradient through the rounding."""
+    W, dW = randn(5, 6).requires_grad_(), randn(5, 6, seed=1)
+    T = t.ternary_codes(W, t.absmean(W)).detach()
+    (through_beta,) = torch.autograd.grad((W.abs().mean() * T * dW).sum(), W)
+    torch.testing.assert_close(through_beta, (dW * T).mean() * W.detach().sign())
+    assert not t.absmean(W).requires_grad and through_beta.abs().min() > 0.01
+
+
 def test_zero_weights_and_zero_tokens_are_no_division_by_zero():
     layer = bit_linear(bias=False)
     assert not layer(torch.zeros(2, 10, dtype=torch.float64)).any()
@@ -202,6 +212,27 @@ def test_other_shapes_are_refused(shape):
         pack(torch.zeros(shape))
 
 
+@pytest.mark.usefixtures("no_shape_checks")
+def test_unpacking_to_another_width_is_refused():
+    packed = pack(torch.ones(2, 8))
+    assert all(unpack(packed, n).shape == (2, n) for n in (5, 6, 7, 8))
+    for n in (100, 9, 4, 0, -3):
+        with pytest.raises(ValueError, match=rf"packed, n: got torch.uint8 of shape \(2, 2\) for n = {n}"):
+            unpack(packed, n)
+    for wrong in (packed.int(), packed.float(), packed[0], packed[None]):
+        with pytest.raises(ValueError, match="packed, n: got torch"):
+            unpack(wrong, 8)
+    for n in (7.5, True, None):
+        with pytest.raises(TypeError, match="n: got"):
+            unpack(packed, n)
+    with pytest.raises(ValueError, match="packed, n"):
+        t.packed_linear(torch.ones(3, 5), pack(torch.ones(2, 9)), torch.tensor(1.0))
+    with pytest.raises(TypeError, match="x: got dtype torch.int64"):
+        t.packed_matmul(torch.ones(3, 8, dtype=torch.int64), packed, torch.tensor(0.5))
+    with pytest.raises(ValueError, match="T: got a tensor without numbers"):
+        pack(torch.ones(2, 8, device="meta"))
+
+
 # Layers.
 
 
@@ -245,6 +276,32 @@ def test_beta_stays_wide_in_bfloat16():
     assert t.absmean(layer.weight).dtype == PackedLinear(layer).beta.dtype == torch.float32
     y = layer(randn(3, 64, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16 and torch.equal(PackedLinear(layer)(randn(3, 64, dtype=torch.bfloat16)), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_leaves_beta_in_float32(dtype):
+    layer = bit_linear(8, 64, dtype=torch.float32, bias=False, sub_norm=False)
+    x, packed = randn(3, 64).float(), PackedLinear(layer)
+    beta = packed.beta.clone()
+    assert beta != beta.to(dtype)
+    for cast in (lambda model: model.to(dtype), lambda model: model.to(x.to(dtype))):
+        model = nn.Sequential(copy.deepcopy(packed))
+        assert cast(model) is model
+        assert model[0].beta.dtype == torch.float32 and torch.equal(model[0].beta, beta)
+        assert torch.equal(model(x), layer(x))
+        assert torch.equal(model.float()(x), layer(x))
+    double = PackedLinear(bit_linear())
+    assert double.beta.dtype == torch.float64 and double.to(dtype).beta.dtype == torch.float32
+    norm = PackedLinear(bit_linear(8, 64, dtype=torch.float32)).to(dtype)
+    assert norm.gain.dtype == norm.bias.dtype == dtype  # the rest is cast as ever
+
+
+def test_a_packed_layer_can_be_moved_without_numbers():
+    packed = PackedLinear(bit_linear(8, 64, dtype=torch.float32)).half().to("meta")
+    assert packed.beta.is_meta and packed.beta.dtype == torch.float32
+    again = packed.to_empty(device="cpu")
+    again.load_state_dict(PackedLinear(bit_linear(8, 64, dtype=torch.float32)).half().state_dict())
+    assert again(randn(3, 64).half()).isfinite().all()
 
 
 def test_packed_compiles_to_one_graph(no_shape_checks):
@@ -292,6 +349,26 @@ def test_file_round_trip(tmp_path):
     load_packed(one, tmp_path / "one")
 
 
+def packed(n, m=6, sub_norm=False):
+    return PackedLinear(bit_linear(m, n, dtype=torch.float32, sub_norm=sub_norm))
+
+
+@pytest.mark.parametrize(("here", "there"), [(7, 8), (8, 7), (5, 8), (8, 5)])
+def test_rows_of_another_width_that_take_as_many_bytes_are_refused(here, there, tmp_path):
+    old, new = packed(here), packed(there)
+    assert old.codes.shape == new.codes.shape and old.width.nbytes == 0
+    before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
+    save_tensors(old.state_dict(), tmp_path / "x", kind="packed")
+    with pytest.raises(ValueError, match=rf"shape: width is \({here}, 0\) in the file"):
+        load_packed(new, tmp_path / "x")
+    with pytest.raises(ValueError, match=rf"shape: 0.width is \({here}, 0\) in the file"):
+        save_tensors(nn.Sequential(old).state_dict(), tmp_path / "x", kind="packed")
+        load_packed(nn.Sequential(new), tmp_path / "x")
+    with pytest.raises(RuntimeError, match="size mismatch for width"):
+        copy.deepcopy(new).load_state_dict(old.state_dict())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in new.state_dict().items())
+
+
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     made, x = pack_model(model()), randn(4, 10, dtype=torch.float32)
     y, state = made(x), dict(pack_model(model(1)).state_dict())
@@ -320,7 +397,9 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         load_packed(made, tmp_path / "x")
 
 
+@pytest.mark.usefixtures("no_shape_checks")
 def test_bad_bases_are_refused():
+    W = torch.ones(4, 3)
     for base in (nn.ReLU(), nn.Conv1d(3, 4, 1), bit_linear()):
         with pytest.raises(TypeError, match="base"):
             BitLinear(base)
@@ -328,6 +407,20 @@ def test_bad_bases_are_refused():
     base.weight.data[1, 1] = math.inf
     with pytest.raises(ValueError, match=r"base.weight: got 1 NaN or infinite"):
         BitLinear(base)
+    for weight, error in ((torch.ones(4, 3, device="meta"), ValueError), (W.to(torch.float8_e4m3fn), TypeError)):
+        base = nn.Linear(3, 4)
+        base.weight = nn.Parameter(weight, requires_grad=False)
+        with pytest.raises(error, match="base.weight: got"):
+            BitLinear(base)
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(TypeError, match="base: got Doubled with a forward of its own"):
+        BitLinear(Doubled(3, 4))
+    with pytest.raises(TypeError, match="layer: got Linear, wanted BitLinear"):
+        PackedLinear(nn.Linear(3, 4))
     layer = bit_linear()
     layer.weight.data[0, 0] = math.nan
     with pytest.raises(ValueError, match="layer.weight"):

@@ -34,6 +34,36 @@ def test_batches_find_the_bases_of_one_matrix_at_a_time(side, warm, monkeypatch)
                 assert a[key].untyped_storage().nbytes() == a[key].nbytes  # no view of the batch
 
 
+def test_matrices_of_two_dtypes_share_no_batch():
+    """They did: the float32 bases of the first came back as float64."""
+    grads = [*draw(), *draw(1, torch.float32)]
+    found = fast.in_batches(galore.projectors, grads, [{} for _ in grads], 2, side="smaller", basis=subspace_basis)
+    for G, bases in zip(grads, found):
+        [(key, P)] = bases.items()
+        single = galore.projectors(G, 2, basis=subspace_basis)
+        assert P.dtype == G.dtype
+        torch.testing.assert_close(P, single[key], rtol=0, atol=1e-9 if G.dtype == torch.float64 else 1e-4)
+
+
+def test_norms_of_several_dtypes_and_devices():
+    tensors = [torch.ones(2, 8), torch.full((4,), 3.0, dtype=torch.float64), torch.full((9,), 6e4).half()]
+    got = fast.norms(tensors)
+    torch.testing.assert_close(got.double(), torch.tensor([4.0, 6.0, 1.8e5]).double(), rtol=1e-3, atol=0)
+    away = torch.empty(3, device="meta")
+    assert fast.norms([away, *tensors]).shape == (4,)  # one list on two devices
+    assert not fast.norms([torch.tensor([6e4, torch.inf]).half()]).isfinite()
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+@pytest.mark.parametrize("change", [lambda T: T[:1], lambda T: T.float(), lambda T: None])
+def test_lists_that_do_not_fit_are_refused_before_pytorch_writes_outside_them(wrong, change):
+    lists = [draw(1), draw(2), [v.abs() for v in draw(3)]]
+    lists[wrong][-1] = change(lists[wrong][-1])
+    lists[wrong] = [T for T in lists[wrong] if T is not None]
+    with pytest.raises(ValueError, match="W, R, M, V: got"):
+        fast.fused_directions(*lists, 1, {"betas": (0.9, 0.99), "eps": 0.1})
+
+
 def test_other_bases_see_one_matrix_at_a_time():
     seen = []
 
@@ -56,6 +86,32 @@ def test_adam_in_one_pass_adds_the_directions(step):
         torch.testing.assert_close(w, w0 - 0.3 * n, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(m, m2, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(v, v2, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [2, None])
+@pytest.mark.parametrize("which", ["weight", "gradient", "both"])
+def test_transposed_memory_takes_the_steps_of_contiguous_memory(which, rank):
+    """One pass over the memory would pair numbers of different places."""
+
+    def run(turned):
+        W = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        p = nn.Parameter(W.T.contiguous().T if turned and which != "gradient" else W)
+        optimizer = GaLoreAdamW([p], rank=rank, lr=0.1, weight_decay=0.3, gap=2)
+        for t in range(3):
+            G = torch.randn(6, 4, generator=torch.Generator().manual_seed(9 + t), dtype=torch.float64)
+            p.grad = G.T.contiguous().T if turned and which != "weight" else G
+            optimizer.step()
+        return p.detach()
+
+    torch.testing.assert_close(run(True), run(False), rtol=0, atol=1e-12)
+
+
+def test_plain_steps_take_one_pass_and_make_no_direction(monkeypatch):
+    ps = [nn.Parameter(W) for W in draw()]
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    monkeypatch.setattr(fast, "fused_directions", lambda *arguments: pytest.fail("made directions"))
+    GaLoreAdamW(ps).step()
 
 
 def test_on_a_cpu_the_kernels_take_nothing():

@@ -13,6 +13,7 @@ from torch import nn
 
 from lowrank_ref.core.accounting import state_bytes, state_numel
 from lowrank_ref.core.quantize import dequantize_blockwise, quantize_blockwise
+from lowrank_ref.lab.train import train as lab_train
 from lowrank_ref.optimizers.galore import GaLoreAdamW, GaLoreSGD, projectors
 from lowrank_ref.optimizers.galore_variants import (
     SMALLEST_8BIT,
@@ -116,6 +117,16 @@ def test_fewer_than_4096_moments_stay_in_float32(shape, eight):
     assert state.keys() == ({"step", "M_codes", "M_peak", "V_codes", "V_peak"} if eight else {"step", "M", "V"})
     if not eight:
         assert state["M"].dtype == state["V"].dtype == torch.float32
+
+
+def test_where_eps_stands_is_told_by_a_small_gradient():
+    """ε before bias correction, as in `GaLoreAdamW`; the official 8-bit class and algorithm 2 add it afterwards."""
+    G = randoms(*LARGE) * 1e-6
+    path, _, _ = follow(GaLoreAdamW8bit, torch.zeros(LARGE), [G], lr=1.0, eps=1e-3)
+    before = 0.1 * G / ((0.001 * G**2).sqrt() + 1e-3) * math.sqrt(0.001) / 0.1
+    after = G / (G.abs() + 1e-3)
+    torch.testing.assert_close(path[1], -before, rtol=1e-4, atol=1e-9)
+    assert float(after.norm() / before.norm()) == pytest.approx(0.001**-0.5, rel=0.01)
 
 
 def test_small_8bit_is_the_32bit_optimizer_to_the_bit():
@@ -344,6 +355,76 @@ def test_at_most_one_gradient_is_alive():
         p.register_hook(lambda _: alive.append(sum(q.grad is not None for q in model.parameters())))
     loss(0).backward()
     assert alive == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("other", [torch.optim.Adam, torch.optim.SGD])
+def test_another_optimizer_is_refused_at_once(other, no_shape_checks):
+    with pytest.raises(TypeError, match=f"optimizer: got {other.__name__}, wanted a GaLore optimizer"):
+        per_layer_updates(other(nn.Linear(2, 2).parameters()))
+
+
+def test_a_second_call_is_refused_until_the_hooks_are_removed():
+    model, optimizer, schedule, loss = training(GaLoreAdamW)
+    hooks = per_layer_updates(optimizer)
+    for again in (optimizer, GaLoreSGD(model.parameters())):
+        with pytest.raises(ValueError, match="optimizer: got per-layer updates already"):
+            per_layer_updates(again)
+    train(optimizer, schedule, loss, range(2))  # the first hooks are as they were
+    for hook in hooks:
+        hook.remove()
+    per_layer_updates(optimizer)
+    train(optimizer, schedule, loss, range(2))
+
+
+def test_several_processes_are_refused_before_anything_moves(monkeypatch):
+    """Each would step by its own gradient, since they are averaged only afterwards."""
+    model, optimizer, _, loss = training(GaLoreAdamW)
+    per_layer_updates(optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="backward: got 2 processes"):
+        loss(0).backward()
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
+
+
+@pytest.mark.parametrize("cls", GALORES)
+def test_a_grad_scaler_is_refused_and_works_without_the_hooks(cls):
+    model, optimizer, _, loss = training(cls)
+    hooks = per_layer_updates(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(loss(0)).backward()
+    with pytest.raises(RuntimeError, match="step: got a GradScaler"):
+        scaler.step(optimizer)
+    for hook in hooks:
+        hook.remove()
+    ordinary, plain, _, its_loss = training(cls)
+    ordinary.load_state_dict(model.state_dict())
+    plain.load_state_dict(optimizer.state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(loss(1)).backward()
+    scaler.step(optimizer)
+    its_loss(1).backward()
+    plain.step()
+    assert equal(model, ordinary)
+
+
+def test_a_clip_that_finds_no_gradient_is_refused_in_the_training_loop():
+    model, optimizer, _, loss = training(GaLoreAdamW)
+    per_layer_updates(optimizer)
+    with pytest.raises(
+        ValueError, match="optimizer: got per-layer updates, which step inside backward, wanted no clip"
+    ):
+        lab_train(model, lambda i: (i,), lambda _, t: loss(t), optimizer, steps=2, clip=1.0, progress=False)
+
+
+def test_a_flattened_parameter_is_named_in_backward():
+    model, optimizer, _, _ = training(GaLoreAdamW)
+    per_layer_updates(optimizer)
+    W = model[0].weight
+    W.data = W.data.flatten()
+    with pytest.raises(ValueError, match=r"params: got shape \(30,\), wanted \(5, 6\)"):
+        W.sum().backward()
 
 
 def test_a_second_backward_before_step_is_refused_as_accumulation():

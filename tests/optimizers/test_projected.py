@@ -125,6 +125,73 @@ def test_an_unknown_option_is_an_error(cls):
         cls([parameter(4, 3)], update_proj_gap=200)
 
 
+@pytest.mark.parametrize("cls", GALORES)
+@pytest.mark.parametrize(
+    "key, near",
+    [("update_proj_gap", "gap"), ("proj_type", "side"), ("ranks", "rank"), ("weigth_decay", "weight_decay")],
+)
+def test_an_unknown_key_of_a_group_names_its_neighbour(cls, key, near):
+    message = f"params: got unknown '{key}' \\(near: '{near}'\\), wanted some of .*'scale'"
+    with pytest.raises(ValueError, match=message):
+        cls([{"params": [parameter(4, 3)], "rank": 2, key: 2}])
+    _, optimizer = stepped(cls, (4, 3))
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [parameter(3, 3)], key: 2})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("cls", GALORES)
+def test_groups_of_pytorch_are_known(cls):
+    """Names of parameters and of groups, a scheduler's key, and the groups of another optimizer of the class."""
+    p = parameter(4, 3)
+    optimizer = cls([{"params": [("w", p)], "name": "matrices", "initial_lr": 0.1, "rank": 2}])
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert cls(optimizer.param_groups).param_groups[0]["name"] == "matrices"
+
+
+@pytest.mark.parametrize("cls", GALORES)
+def test_a_parameter_flattened_since_is_named_before_anything_moves(cls):
+    parameters, optimizer = stepped(cls, (6, 4), (4, 5), steps=1, rank=2)
+    for p in parameters:
+        p.grad = torch.ones(p.shape)
+    parameters[1].data, parameters[1].grad = parameters[1].data.flatten(), torch.ones(20)
+    before = frozen(parameters, optimizer)
+    with pytest.raises(ValueError, match=r"params: got shape \(20,\), wanted \(4, 5\) as at construction"):
+        optimizer.step()
+    assert same(before, frozen(parameters, optimizer))
+
+
+@pytest.mark.parametrize("cls", GALORES)
+def test_a_sparse_gradient_is_named(cls):
+    table = nn.Embedding(7, 4, sparse=True)
+    optimizer = cls(table.parameters())
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match="grad: got a sparse gradient, wanted .*sparse=False"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("cls", GALORES)
+@pytest.mark.parametrize("rank", [2, None])
+@pytest.mark.parametrize("size", [3e-5, 300.0, 2e4])
+def test_float16_takes_the_steps_of_float32(cls, rank, size):
+    """Squares of these are 9e-10, which float16 rounds to 0, or above 65504."""
+    rate = 0.1 / size if cls is GaLoreSGD else 0.1
+
+    def run(dtype):
+        p = nn.Parameter(parameter(6, 4).detach().half().to(dtype))
+        optimizer = cls([p], rank=rank, gap=2, lr=rate)
+        for t in range(4):
+            p.grad = (size * parameter(6, 4, seed=10 + t).detach()).clamp(-6e4, 6e4).half().to(dtype)
+            optimizer.step()
+        return p.detach(), optimizer.state[p]
+
+    (got, state), (wanted, _), start = run(torch.float16), run(torch.float32), parameter(6, 4).detach()
+    assert got.dtype == torch.float16
+    assert all(v.dtype == torch.float32 for key, v in state.items() if key in ("M", "V", "row", "col"))
+    way = (wanted - start).norm()
+    assert way > 0.01 and (got.float() - wanted).norm() < 0.02 * way + 4 * 2**-11 * start.norm()
+
+
 def test_a_refused_group_is_not_kept():
     (p,), optimizer = stepped(GaLoreAdamW, (6, 4), rank=2)
     with pytest.raises(ValueError, match="rank"):
@@ -199,8 +266,9 @@ def test_check_gradients_counts_and_takes_mixed_dtypes():
     check_gradients([torch.ones(2), torch.ones(2, 3, dtype=torch.float64), torch.ones(4, dtype=torch.bfloat16)])
     with pytest.raises(ValueError, match="in 2 of 3"):
         check_gradients([torch.tensor([value]) for value in (1.0, *BAD[:2])])
-    with pytest.raises(ValueError, match="finite norms"):
-        check_gradients([torch.full((2, 2), 1e20)])  # finite, but Adam would square it to infinity
+    with pytest.raises(ValueError, match="grad: got squares that overflow in 1 of 2 gradients, wanted finite norms"):
+        check_gradients([torch.full((2, 2), 1e20), torch.ones(2)])  # finite, but Adam would square it to infinity
+    check_gradients([torch.full((100, 100), 6e4).half()])
 
 
 @pytest.mark.parametrize("cls", GALORES)

@@ -30,6 +30,7 @@ from lowrank_ref.ranks.sora import (
     released_threshold,
     soft_threshold,
 )
+from lowrank_ref.ranks.sora_schedule import SparsifyingSchedule
 
 
 def sora(m=6, n=5, rank=4, *, moved=True, dtype=torch.float64, **options):
@@ -396,6 +397,58 @@ def test_threshold_follows_the_learning_rate_of_the_moment():
             group["lr"] = lr
         action.step()
         assert model[0].g[2].item() == pytest.approx(left, abs=1e-12)
+
+
+def test_attached_it_keeps_the_gates_of_the_right_order_where_the_wrong_one_keeps_others():
+    """The rate falls to 0: after the schedule's step the last thresholds are too small, and the last one is 0."""
+
+    def run(order):
+        model = net()
+        optimizer = torch.optim.Adam(gate_groups(model), lr=0.3)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: max(0.0, 1 - (t / 6) ** 0.2))
+        action = ProximalGates(model, optimizer, penalty=0.9)
+        if order == "attached":
+            action.attach(optimizer)
+        for step in range(6):
+            train(model, optimizer, [], [step])
+            for part in {"attached": "s", "right": "as", "wrong": "sa"}[order]:
+                (action if part == "a" else schedule).step()
+        return {path: g.detach() for path, g in gates(model).items()}
+
+    attached, right, wrong = (run(order) for order in ("attached", "right", "wrong"))
+    assert all(torch.equal(g, right[path]) for path, g in attached.items())
+    kept = [sum(int(g.count_nonzero()) for g in each.values()) for each in (right, wrong)]
+    assert kept[0] < kept[1] == 6
+
+
+def test_it_attaches_to_the_optimizer_of_its_gates_only():
+    model = net()
+    optimizer = torch.optim.Adam(gate_groups(model))
+    action = ProximalGates(model, optimizer, penalty=1.0)
+    with pytest.raises(ValueError, match="optimizer: got another Adam"):
+        action.attach(torch.optim.Adam(model.parameters()))
+    assert not action.attached
+    schedule = SparsifyingSchedule(action, [0.1], first=1, later=1)
+    with pytest.raises(ValueError, match="proximal: got one that is not attached"):
+        schedule.attach(optimizer)
+    action.attach(optimizer)
+    assert schedule.attach(optimizer).attached
+
+
+@pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf")])
+def test_thresholds_are_finite_and_not_negative(bad):
+    x = torch.tensor([1.0, -1.0])
+    for function in (soft_threshold, released_threshold):
+        with pytest.raises(ValueError, match="threshold: got"):
+            function(x, bad)
+    with pytest.raises(ValueError, match="strength: got"):
+        gate_penalty([x], bad)
+    model = net()
+    action = ProximalGates(model, torch.optim.Adam(gate_groups(model)), penalty=1.0)
+    before, action.penalty = copy.deepcopy(model.state_dict()), bad  # set by hand, or loaded
+    with pytest.raises(ValueError, match="threshold: got"):
+        action.step()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_without_penalty_nothing_changes():

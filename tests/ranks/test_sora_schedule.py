@@ -45,6 +45,23 @@ def test_bad_levels(arguments, error, message):
         threshold_levels(*arguments)
 
 
+@pytest.mark.parametrize("first, last", [(0.0, 1e-17), (0.0, 800.0), (700.0, 720.0), (0.0, 7e-4), (1e-3, 1.5)])
+def test_log_levels_rise_evenly_in_exp_at_any_size(first, last):
+    """exp(800) is no number, and exp(1e-17) is 1: levels were NaN, or all 0."""
+    levels = threshold_levels(first, last, 5, "log")
+    assert (levels[0], levels[-1]) == (first, last) and all(a < b for a, b in zip(levels, levels[1:]))
+    for k in range(1, 4):  # exp(ξ - ξ_N), which no size upsets
+        wanted = k / 4 + (1 - k / 4) * math.exp(first - last)
+        assert math.exp(levels[k] - last) == pytest.approx(wanted, rel=1e-9)
+    if last < 1e-10:
+        assert levels == pytest.approx([last * k / 4 for k in range(5)])
+
+
+def test_geometric_levels_have_one_ratio_at_any_size():
+    levels = threshold_levels(1e-300, 1e300, 5, "geometric")
+    assert levels == pytest.approx([1e-300, 1e-150, 1.0, 1e150, 1e300], rel=1e-9)
+
+
 def test_phases():
     layer, proximal, schedule = build()
     assert isinstance(schedule, Action) and schedule.steps == 7
@@ -93,7 +110,10 @@ def test_a_learning_rate_of_zero_stops_coupled_shrinking_but_not_constant_shrink
     assert not layer.g.any()
 
 
-@pytest.mark.parametrize("levels, first, later", [((), 1, 1), ((1.0, 1.0), 1, 1), ((-1.0,), 1, 1), ((1.0,), 0, 1)])
+@pytest.mark.parametrize(
+    "levels, first, later",
+    [((), 1, 1), ((1.0, 1.0), 1, 1), ((-1.0,), 1, 1), ((1.0,), 0, 1), ((math.nan,), 1, 1), ((0.0, math.inf), 1, 1)],
+)
 def test_bad_schedules(levels, first, later):
     with pytest.raises(ValueError, match="levels|first"):
         build(levels, first, later)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lowrank_ref.adapters import DoRALinear, LoRALinear
+from lowrank_ref.adapters import DoRALinear, LoRAConv2d, LoRAEmbedding, LoRALinear
 from lowrank_ref.core.layers import adapters, replace_linears
 from lowrank_ref.ranks.sora import SoRALinear
 from lowrank_ref.ranks.svd_pruning import factored_svd, prune_by_svd, ranks_within
@@ -90,6 +90,44 @@ def test_a_pruned_model_stays_within_its_budget_and_is_the_truncated_svd(budget)
         U, S, Vh = torch.linalg.svd(dW, full_matrices=False)
         r = left[path].rank
         torch.testing.assert_close(left[path].delta_weight(), U[:, :r] * S[:r] @ Vh[:r], rtol=0, atol=1e-10)
+
+
+def test_pruning_keeps_dropout_and_mode_and_takes_dead_layers():
+    model = replace_linears(
+        nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4)).double(), "", partial(SoRALinear, rank=3, dropout=0.25)
+    ).eval()
+    with torch.no_grad():
+        model[0].g.zero_()
+        model[1].B.copy_(gaussian(4, 3))
+    prune_by_svd(model, 1000)
+    assert type(model[0]) is nn.Linear and model[1].dropout.p == 0.25 and not model[1].dropout.training
+
+
+@pytest.mark.parametrize(
+    "other", [DoRALinear(nn.Linear(4, 4), 2), LoRAEmbedding(nn.Embedding(9, 4), 2), LoRAConv2d(nn.Conv2d(4, 4, 1), 2)]
+)
+def test_an_adapter_that_it_cannot_cut_is_named_and_nothing_changes(other):
+    """It stood outside the budget: 40 became 99 numbers."""
+    model = nn.ModuleDict({"a": LoRALinear(nn.Linear(4, 4), 2), "b": other})
+    with pytest.raises(ValueError, match=f"model: got {type(other).__name__} at 'b'"):
+        prune_by_svd(model, 40)
+    assert model["a"].rank == 2 and model["b"] is other
+
+
+@pytest.mark.parametrize(
+    "spectra, costs, budget, error, message",
+    [
+        ({"a": [1.0, float("nan")]}, {"a": 4}, 10, ValueError, r"spectra\['a'\]: got 1 NaN"),
+        ({"a": [1.0, -1.0]}, {"a": 4}, 10, ValueError, "negative"),
+        ({"a": [1.0]}, {}, 10, ValueError, "costs: got"),
+        ({"a": [1.0]}, {"a": 0}, 10, ValueError, r"costs\['a'\]: got 0"),
+        ({"a": [1.0]}, {"a": 4}, -1, ValueError, "budget: got -1"),
+        ({"a": [1.0]}, {"a": 4}, float("nan"), TypeError, "budget: got nan"),
+    ],
+)
+def test_bad_spectra_are_named(spectra, costs, budget, error, message, no_shape_checks):
+    with pytest.raises(error, match=message):
+        ranks_within({path: torch.tensor(S) for path, S in spectra.items()}, costs, budget)
 
 
 def test_bad_input():

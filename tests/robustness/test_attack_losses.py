@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_ref.robustness.attack_losses import cross_entropy, dlr, targeted_dlr
+from lowrank_ref.robustness.attack_losses import check_labels, cross_entropy, dlr, ranked_class, targeted_dlr
 
 
 def logits(n, classes, seed=0):
@@ -41,6 +41,28 @@ def test_dlr_has_a_gradient_where_cross_entropy_has_none():
     y = torch.tensor([0])
     assert not torch.autograd.grad(cross_entropy(z, y).sum(), z)[0].any()
     assert torch.autograd.grad(dlr(z, y).sum(), z)[0].any()
+
+
+def test_a_class_of_the_clean_image_stays_the_target():
+    """By rank at each point the loss would aim at class 1 in the end, and be below 0 where class 2 has won."""
+    clean, now, y = torch.tensor([[5.0, 4, 3, 0]]), torch.tensor([[5.0, 4, 6, 0]]), torch.tensor([0])
+    classes = ranked_class(clean, y, 2)
+    assert classes.tolist() == [2] and ranked_class(clean, y).tolist() == [1]
+    assert targeted_dlr(now, y, classes=classes).item() == 0.25
+    assert targeted_dlr(now, y, target=2).item() == -0.25
+    with pytest.raises(ValueError, match="target: got 4 with 4 classes"):
+        ranked_class(clean, y, 4)
+
+
+def test_no_label_is_ignored():
+    """By PyTorch's default a label of -100 had the loss 0."""
+    z, y = logits(4, 5)
+    y[1] = -100
+    for loss in (cross_entropy, dlr, targeted_dlr):
+        with pytest.raises((IndexError, RuntimeError)):
+            loss(z, y)
+    with pytest.raises(ValueError, match="y: got labels from -100 to"):
+        check_labels(y, 5)
 
 
 def test_equal_logits_stay_finite():

@@ -262,6 +262,89 @@ def test_modes_gradients_and_weights_are_as_before(attack):
     assert torch.equal(torch.get_rng_state(), state) and not x.requires_grad
 
 
+@each_norm
+@each_attack
+def test_images_that_require_gradients_stay_out_of_the_graph(attack, norm):
+    x, y = images()
+    kwargs = {"norm": norm, "epsilon": RADIUS[norm], "steps": 3}
+    wanted = attack(network(), x, y, **kwargs)
+    tracked = x.clone().requires_grad_()
+    start = random_start(tracked, norm=norm, epsilon=0.1, generator=seeded())
+    found = [attack(network(), tracked, y, **kwargs, start=s) for s in (None, (start + 0 * tracked))]
+    assert not start.requires_grad and tracked.grad is None
+    assert all(not t.requires_grad for each in found for t in each)
+    assert torch.equal(found[0].x_best, wanted.x_best)
+    for target in (found[0].loss, found[0].x_adv):
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            target.sum().backward()
+
+
+@each_norm
+@each_attack
+def test_inside_inference_mode(attack, norm):
+    x, y = images()
+    kwargs = {"norm": norm, "epsilon": RADIUS[norm], "steps": 3}
+    wanted, model = attack(network(), x, y, **kwargs), network()
+    with torch.inference_mode():
+        start = random_start(x + 0, norm=norm, epsilon=0.0)
+        found = attack(model, x + 0, y + 0, **kwargs, start=start)
+    assert torch.equal(found.x_best, wanted.x_best) and not found.x_best.is_inference()
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Root(nn.Module):
+    """Logits from the root of the mean square: its gradient at a black image is no number."""
+
+    def forward(self, x):
+        r = x.square().mean(1, keepdim=True).sqrt()
+        return torch.cat([r - 0.3, 0.3 - r, 0 * r, 0 * r], 1)
+
+
+@each_norm
+@each_attack
+def test_an_image_whose_gradient_is_no_number_does_not_pass_for_robust(attack, norm):
+    x = torch.rand(4, 6, generator=seeded(), dtype=torch.float64) / 4
+    x[2] = 0
+    y = torch.ones(4, dtype=torch.int64)
+    kwargs = {"norm": norm, "epsilon": 3.0, "steps": 8}
+    with pytest.raises(ValueError, match=r"gradient: got NaN or infinity for 1 of 4 images.*start="):
+        attack(Root(), x, y, **kwargs)
+    start = random_start(x, norm=norm, epsilon=0.5, generator=seeded())
+    found = attack(Root(), x, y, **kwargs, start=start)
+    assert bool((Root()(found.x_adv).argmax(1) != y).all())
+
+
+@each_norm
+@each_attack
+def test_what_a_model_or_loss_does_not_know_is_named(attack, norm):
+    x, y = images()
+    kwargs = {"norm": norm, "epsilon": 0.1, "steps": 2}
+    broken = network()
+    with torch.no_grad():
+        broken[3].bias[0] = torch.nan
+    with pytest.raises(ValueError, match="logits: got NaN or infinity for 20 of 20 images"):
+        attack(broken, x, y, **kwargs)
+    with pytest.raises(ValueError, match="loss: got NaN"):
+        attack(network(), x, y, **kwargs, loss=lambda z, y: cross_entropy(z, y) * torch.nan)
+    with pytest.raises(ValueError, match=r"model: got output of shape \(20,\), wanted \(20, classes\)"):
+        attack(nn.Sequential(network(), nn.Linear(5, 1).double(), nn.Flatten(0)), x, y, **kwargs)
+
+
+@each_attack
+@pytest.mark.parametrize("label", [-100, -1, 5, 9])
+def test_labels_that_are_no_classes_are_named(attack, label):
+    """A label of -100 had the loss 0, and nothing was attacked."""
+    x, y = images()
+    y[3] = label
+    with pytest.raises(ValueError, match="y: got labels from .* wanted 0 to 4"):
+        attack(network(), x, y, norm=2, epsilon=0.1, steps=2)
+    with pytest.raises(ValueError, match="y: got labels from"):  # also with a loss that does not look
+        attack(network(), x, y, norm=2, epsilon=0.1, steps=2, loss=lambda z, y: z.square().sum(1))
+    for dtype in (torch.float32, torch.int32, torch.bool):
+        with pytest.raises(TypeError):
+            attack(network(), x, y.to(dtype), norm=2, epsilon=0.1, steps=2)
+
+
 def test_eval_mode_is_left_also_by_an_error():
     model = nn.Dropout()
     with pytest.raises(RuntimeError), eval_mode(model):

@@ -33,6 +33,9 @@ def size(delta, norm):
     return delta.flatten(1).norm(p=norm, dim=1)
 
 
+size_of = size
+
+
 def bisection(z, x, norm, epsilon):
     """One sample: shrink z - x by a threshold (l1) or a factor (l2), clip, and search the amount."""
 
@@ -170,6 +173,47 @@ def test_the_sparse_direction_passes_over_pixels_that_cannot_move():
     u = torch.tensor([[0.0, 1.0, 0.0, 1.0]])
     assert ascent(G, u, norm=1, sparsity=0.5).tolist() == [[0, 0, 1, 0]]
     assert ascent(-G, u, norm=1, sparsity=0.5).tolist() == [[0.5, -0.5, 0, 0]]
+
+
+@each_norm
+@pytest.mark.parametrize("size", [1e-45, 1e-30, 1e-23, 1e20, 1e38])
+def test_directions_have_length_one_whatever_the_size_of_the_gradient(norm, size):
+    """Squares of such numbers are 0 or infinite in float32."""
+    G = torch.zeros(3, 8)
+    G[0, 2], G[1, :2], G[2] = size, -size, torch.linspace(-1, 1, 8) * size
+    u = ascent(G, torch.full_like(G, 0.5), norm=norm, sparsity=0.25)
+    rows = slice(0, 2) if size < 1e-40 else slice(None)  # there the third row rounds to others
+    torch.testing.assert_close(size_of(u, norm)[rows], torch.ones(3)[rows], rtol=1e-5, atol=0)
+
+
+@each_norm
+def test_bad_directions_are_named(norm, no_shape_checks):
+    G = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="norm: got 3"):
+        ascent(G, G, norm=3)
+    with pytest.raises(ValueError, match="u: got shape"):
+        ascent(G, G[:, :2], norm=norm)
+    with pytest.raises(ValueError, match="G: got 1 NaN"):
+        ascent(torch.tensor([[1.0, torch.nan]]), torch.ones(1, 2), norm=norm)
+    with pytest.raises(TypeError, match="G: got dtype"):
+        ascent(G.long(), G, norm=norm)
+
+
+@each_norm
+def test_integers_are_no_points(norm, no_shape_checks):
+    """They came back as integers: the projection of 2 on a ball around 0.5 was 0."""
+    x = torch.full((1, 2), 0.5)
+    with pytest.raises(TypeError, match="z: got dtype torch.int64"):
+        project(torch.tensor([[2, 0]]), x, norm=norm, epsilon=0.75)
+    with pytest.raises(ValueError, match=r"z: got shape \(2, 2\), wanted that of x, \(1, 2\)"):
+        project(torch.ones(2, 2), x, norm=norm, epsilon=0.75)
+
+
+def test_an_image_hardly_above_one_is_shown_so():
+    for x in (torch.tensor([[0.5, 1 + 1e-7]]), torch.tensor([[0.5, 1 + 1e-15]]).double()):
+        x = torch.nextafter(torch.ones_like(x), 2 * torch.ones_like(x))
+        with pytest.raises(ValueError, match=r"x: got values from 1\.0+[1-9]"):
+            check_threat(x, 2, 0.1)
 
 
 @each_norm

@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import runpy
+import sys
 import warnings
 
 import joblib
@@ -19,6 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.tree import DecisionTreeRegressor
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from lowrank_ref import robustness
 from lowrank_ref.robustness import RMTGBClassifier, RMTGBRegressor
 from lowrank_ref.robustness.r_mtgb import CROSS_ENTROPY, SQUARED, boost, final_scores, softmax
 
@@ -336,6 +339,49 @@ def test_bad_tasks_raise(estimator):
         estimator(**SMALL, task_column=0).fit(X, y, tasks=tasks)
     with pytest.raises(ValueError, match="The number of tasks has to be greater than one"):
         estimator(**SMALL, task_column=0).fit(np.column_stack([np.ones(len(X)), X]), y)
+
+
+@each_estimator
+@pytest.mark.parametrize(
+    "missing, message",
+    [
+        (None, "tasks contains None in 1 of 120 rows"),
+        (float("nan"), "contains NaN"),
+        (3, "all names or all"),
+    ],
+)
+def test_a_row_without_a_task_is_named(estimator, missing, message):
+    X, y, tasks = table(estimator)
+    model = estimator(**SMALL).fit(X, y, tasks=tasks)
+    bad = tasks.astype(object)
+    bad[7] = missing
+    for call in (lambda: estimator(**SMALL).fit(X, y, tasks=bad), lambda: model.predict(X, tasks=bad)):
+        with pytest.raises(ValueError, match=message):
+            call()
+    good = tasks.astype(object)
+    np.testing.assert_array_equal(raw(model, X, tasks=good), raw(model, X, tasks=tasks))
+
+
+@each_estimator
+def test_what_is_set_after_the_fit_does_not_change_its_predictions(estimator):
+    X, y, tasks = table(estimator)
+    model = estimator(**SMALL).fit(X, y, tasks=tasks)
+    wanted, stages = raw(model, X, tasks=tasks), list(model.staged_predict(X, tasks=tasks))
+    functions = model.task_functions(X)
+    model.set_params(learning_rate=0.9, task_column=0, shared_rounds=9, random_state=5)
+    np.testing.assert_array_equal(raw(model, X, tasks=tasks), wanted)
+    np.testing.assert_array_equal(model.task_functions(X), functions)
+    for got, stage in zip(model.staged_predict(X, tasks=tasks), stages):
+        np.testing.assert_array_equal(got, stage)
+
+
+def test_without_scikit_learn_the_package_names_no_estimator(monkeypatch):
+    """`import *` asks for every name, and each of these would raise."""
+    names = runpy.run_path(robustness.__file__)
+    assert "RMTGBRegressor" in names["__all__"]
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    names = runpy.run_path(robustness.__file__)
+    assert all(name in names for name in names["__all__"]) and "RMTGBRegressor" not in names["__all__"]
 
 
 @each_estimator

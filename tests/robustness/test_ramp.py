@@ -349,9 +349,20 @@ def test_a_broken_epoch_is_refused_whole():
         pair[0][0].weight += 1
         pair[1][3].bias[0] = torch.nan
     before = copy.deepcopy(pair[0].state_dict())
-    with pytest.raises(ValueError, match=r"twin\.3\.bias"):
-        gp.step()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"twin\.3\.bias"):
+            gp.step()
+        assert gp.calls == 0  # the epoch is not over
     assert all(torch.equal(value, before[key]) for key, value in pair[0].state_dict().items())
+    for state in ({}, {"calls": 1}, {"start": gp.start}):
+        with pytest.raises(ValueError, match="state: got keys"):
+            gp.load_state_dict(state)
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.2])
+def test_with_the_whole_natural_step_the_fusion_is_a_weighted_average(beta):
+    f, f_n, f_a = (torch.randn(3, 4, generator=torch.Generator().manual_seed(s)).double() for s in range(3))
+    close(fuse(f, f_n, f_a, beta=beta, projection=whole_natural), beta * f_n + (1 - beta) * f_a)
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------

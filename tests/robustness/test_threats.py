@@ -41,6 +41,14 @@ def test_no_sample_is_an_error():
         union_accuracy(torch.ones(2, 0, dtype=torch.bool))
 
 
+def test_one_list_of_truth_values_is_no_table(no_shape_checks):
+    """The union of one model with two of three samples right was 0."""
+    with pytest.raises(ValueError, match=r"correct: got shape \(3,\), wanted \(attacks, samples\)"):
+        union_accuracy(torch.tensor([True, True, False]))
+    with pytest.raises(TypeError, match="correct: got dtype"):
+        union_accuracy(torch.ones(2, 3))
+
+
 def network():
     model = nn.Sequential(nn.Linear(10, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 4)).double()
     with torch.no_grad():
@@ -67,6 +75,21 @@ def test_survivors_are_those_whom_no_attack_fools(attack):
     more = survivors(model, x, y, {math.inf: 0.06}, steps=10, attack=attack)[math.inf]
     assert more.sum() < alive[math.inf].sum()
     assert torch.equal(right(model, x, y), alive["clean"]) and model.training
+
+
+def test_nobody_survives_by_nan_or_a_label_that_is_no_class():
+    x, y, broken = torch.rand(3, 10).double(), torch.tensor([0, 1, 2]), network()
+    with torch.no_grad():
+        broken[3].bias[1] = torch.nan  # argmax takes it for the largest
+    for call in (lambda: right(broken, x, y), lambda: survivors(broken, x, y, {2: 0.1})):
+        with pytest.raises(ValueError, match="logits: got NaN"):
+            call()
+    for label in (-100, 4):
+        bad = y.clone()
+        bad[1] = label
+        for call in (lambda: right(network(), x, bad), lambda: survivors(network(), x, bad, {2: 0.1})):  # noqa: B023
+            with pytest.raises(ValueError, match="y: got labels"):
+                call()
 
 
 def test_survivors_check_their_threat():

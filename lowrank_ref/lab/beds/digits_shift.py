@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lowrank_ref.core.accounting import numel, state_bytes
 from lowrank_ref.lab.beds._shared import Actions, Adapt, adapted, classification_loss
 from lowrank_ref.lab.data import Arrays, array_batches, digits
 from lowrank_ref.lab.models import MLP
@@ -38,8 +39,10 @@ def pretrained_on_digits() -> MLP:
 @torch.no_grad()
 def _measure(model: nn.Module, data: Arrays) -> dict[str, float]:
     logits = model(data.x_test)
+    valid = model(data.x_valid)
     return {
         "train loss": F.cross_entropy(model(data.x_train), data.y_train).item(),
+        "valid loss": F.cross_entropy(valid, data.y_valid).item(),
         "loss": F.cross_entropy(logits, data.y_test).item(),
         "accuracy": (logits.argmax(dim=1) == data.y_test).double().mean().item(),
     }
@@ -59,8 +62,9 @@ def digits_shift(
         actions: (model, optimizer) -> what acts after each step of the optimizer, such as a rank allocator.
 
     Returns:
-        "train loss" and "loss" (on 797 held-out images) in nats, "accuracy" (share of them), and "trainable", the count
-        of trained numbers.
+        "train loss", "valid loss" (on 297 images, to choose a rate by) and "loss" (on 500 test images) in nats,
+        "accuracy" (share of the test images), "trainable", the count of trained numbers, and "state bytes", the bytes
+        of Adam's state.
     """
     data, model = _turned_digits(), pretrained_on_digits()
     optimizer = adapted(adapt, model, lr, seed)
@@ -75,4 +79,5 @@ def digits_shift(
         actions=actions(model, optimizer) if actions else (),
         progress=False,
     )
-    return {**_measure(model, data), "trainable": float(sum(p.numel() for p in trained))}
+    counts = {"trainable": float(numel(trained)), "state bytes": float(state_bytes(optimizer))}
+    return {**_measure(model, data), **counts}

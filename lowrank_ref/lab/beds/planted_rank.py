@@ -52,7 +52,7 @@ class PlantedRank:
         updates: ΔW (d, d) of each layer, with `ranks[i]` singular values 1 and the others 0.
         ranks: the planted ranks.
         x_train, y_train: inputs N(0, 1) and noisy outputs of the network with W + ΔW.
-        x_test, y_test: the same without noise.
+        x_valid, y_valid, x_test, y_test: the same without noise, two other draws.
         noise: standard deviation of the noise on each training output.
     """
 
@@ -61,6 +61,8 @@ class PlantedRank:
     ranks: tuple[int, ...]
     x_train: Tensor
     y_train: Tensor
+    x_valid: Tensor
+    y_valid: Tensor
     x_test: Tensor
     y_test: Tensor
     noise: float
@@ -89,7 +91,7 @@ def planted_rank(
         seed: of the task.
         ranks: planted rank of each layer, 0 to `width`; their number is the depth of the network.
         width: d.
-        rows: of the training data; as many again test.
+        rows: of the training data; as many validate, and as many test.
         noise: standard deviation of the noise on each training output.
 
     Raises:
@@ -107,7 +109,9 @@ def planted_rank(
     x = torch.randn(2 * rows, width, generator=g)
     y = teacher(x)
     y_train = y[:rows] + noise * torch.randn(rows, width, generator=g)
-    return PlantedRank(base, updates, tuple(ranks), x[:rows], y_train, x[rows:], y[rows:], noise)
+    x_valid = torch.randn(rows, width, generator=g)
+    held_out = x_valid, teacher(x_valid), x[rows:], y[rows:]
+    return PlantedRank(base, updates, tuple(ranks), x[:rows], y_train, *held_out, noise)
 
 
 def _squared_error(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -186,11 +190,13 @@ def measure_planted(task: PlantedRank, model: nn.Module, *, tolerance: float = 1
         tolerance: smallest singular value that counts, > 0.
 
     Returns:
-        "mse", the mean squared error on the noiseless test rows; "train mse" on the noisy ones; "rank", the sum of the
+        "mse", the mean squared error on the noiseless test rows; "valid mse" on the validation rows, to choose a rate
+        by; "train mse" on the noisy ones; "rank", the sum of the
         ranks; and for each layer i "rank i" and "error i", the Frobenius distance of its update to the planted one.
     """
     numbers = {
         "mse": _squared_error(model, task.x_test, task.y_test).item(),
+        "valid mse": _squared_error(model, task.x_valid, task.y_valid).item(),
         "train mse": _squared_error(model, task.x_train, task.y_train).item(),
         "rank": 0.0,
     }

@@ -23,9 +23,9 @@ index, so a resumed run sees the batches it would have seen.
     tables   multitask, task_table, planted_tasks batches  tokenizers and batches
 """
 
-from lowrank_ref.lab.data._sources import Arrays
 from lowrank_ref.lab.data.batches import BPETokenizer, CharTokenizer, array_batches, bpe_tokenizer, token_batches
 from lowrank_ref.lab.data.images import PHOTOGRAPHS, digits, mnist5k, photograph
+from lowrank_ref.lab.data.sources import Arrays
 from lowrank_ref.lab.data.tables import TASK_TABLES, TaskTable, multitask, planted_tasks, task_table
 from lowrank_ref.lab.data.text import (
     LabelledText,

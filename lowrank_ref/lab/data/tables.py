@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from lowrank_ref.lab._tools import need
-from lowrank_ref.lab.data._sources import Arrays, split
+from lowrank_ref.lab.data.sources import Arrays, arrays, split
 
 __all__ = ["TASK_TABLES", "TaskTable", "multitask", "planted_tasks", "task_table"]
 
@@ -27,18 +27,18 @@ class TaskTable:
 def multitask() -> Arrays:
     """Yeast genes with 14 yes/no functions each: fourteen related tasks on one table.
 
-    2,417 genes, 103 expression features. The split is torch.randperm under seed 0: 1,500 train, 917 test.
+    2,417 genes, 103 expression features. The split is torch.randperm under seed 0: 1,500 train, 417 validate,
+    500 test.
 
     Source: river (Elisseeff and Weston, 2001). 0.8 MB. Licence: BSD-3 with the package. There is no hub counterpart.
 
     Returns:
-        x_train (1500, 103), y_train (1500, 14) of 0 and 1, x_test (917, 103), y_test (917, 14).
+        x_train (1500, 103), y_train (1500, 14) of 0 and 1, and the same for valid (417 rows) and test (500).
     """
     rows = list(need("river.datasets", "river").Yeast())
     x = torch.tensor([list(features.values()) for features, _ in rows], dtype=torch.float32)
     y = torch.tensor([list(labels.values()) for _, labels in rows], dtype=torch.int64)
-    train, test = split(len(x), 1500)
-    return Arrays(x[train], y[train], x[test], y[test], "Yeast", "river", "BSD-3 (package)")
+    return arrays(x, y, split(len(x), 1500, 500), "Yeast", "river", "BSD-3 (package)")
 
 
 TASK_TABLES = ("chicks", "cars", "flares", "yeast", "phishing")

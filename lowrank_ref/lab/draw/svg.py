@@ -2,7 +2,8 @@
 
 A chart is a string of lines, one line per part, so that `explore` can store a part that many frames share only once.
 Text and axes use `currentColor`, so a picture follows the light or dark theme of its page; the palette is readable on
-both and for colour-blind readers, and every curve also has its own dash pattern. There are no ids that could clash.
+both, a method has the colour that it has everywhere in the book, and every curve of a chart also has its own dash
+pattern. There are no ids that could clash.
 """
 
 import base64
@@ -16,11 +17,11 @@ from html import escape, unescape
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lowrank_ref.lab.draw.palette import DASHES, HUES, Look, colour, looks, method
+
 __all__ = ["PALETTE", "Picture", "bar_chart", "image", "line_chart", "readout"]
 
-# Okabe and Ito's hues, those too pale for white paper darkened: contrast at least 3:1 on white and on near-black.
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b8609a", "#a87b00", "#5b83d6")
-_DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 2")
+PALETTE = tuple(HUES.values())  # for what is no method
 _CHAR = 8.0  # average width of a character at the larger font of phones
 _STYLE = (
     "<style>.lr-chart{display:block;width:100%;height:auto;margin:.2em 0;font-size:13px;line-height:1.2}"
@@ -71,7 +72,8 @@ def line_chart(
         y_range: the same for the vertical axis.
         dots: names of series drawn as points without a line.
         marks: name -> x of vertical reference lines.
-        colours: name -> CSS colour; default the palette in order. "currentColor" suits a baseline.
+        colours: name -> CSS colour; default a method's own, and the free ones of the palette in order. "currentColor"
+            suits a reference that is no method.
         alt: description for readers who do not see it; default names the axes and curves.
         width: in user units, on the page at most 7/6 of it in pixels; the chart shrinks with its page.
         height: in user units.
@@ -80,7 +82,7 @@ def line_chart(
         ValueError: no finite point, lengths that differ, a range that is empty or not positive on a log axis, or more
             series than distinguishable colours.
     """
-    colours = _colours(series, colours)
+    styles = _styles(series, colours)
     data = {name: _points(name, xs, ys, log_x, log_y) for name, (xs, ys) in series.items()}
     x_axis = _Axis("x", np.concatenate([x for x, _ in data.values()]), x_range, log_x, air=bool(dots))
     y_axis = _Axis("y", np.concatenate([y for _, y in data.values()]), y_range, log_y, air=True)
@@ -103,17 +105,15 @@ def line_chart(
             out.append(line + _text(u + 4, top + 12, name, size=12))
     # The inner svg clips at the frame without needing an id.
     out.append(f'<svg x="{_n(left)}" y="{top}" width="{_n(w)}" height="{_n(h)}" fill="none" stroke-width="2.2">')
-    ordered = sorted(enumerate(data.items()), key=lambda item: item[1][0] in dots)  # points on top of lines
-    for i, (name, (xs, ys)) in ordered:
+    for name, (xs, ys) in sorted(data.items(), key=lambda item: item[0] in dots):  # points on top of lines
         us, vs = w * x_axis.share(xs), h * (1 - y_axis.share(ys))
-        dash = f' stroke-dasharray="{_DASHES[i % 6]}"' if i % 6 else ""
         if name in dots:
             body = "".join(f'<circle cx="{_n(u)}" cy="{_n(v)}" r="4"/>' for u, v in zip(us, vs) if math.isfinite(u + v))
-            out.append(f'<g fill="{colours[name]}">{body}</g>')
+            out.append(f'<g fill="{styles[name].colour}">{body}</g>')
         else:
-            out.append(f'<path d="{_path(us, vs)}" stroke="{colours[name]}"{dash} stroke-linejoin="round"/>')
+            out.append(f'<path d="{_path(us, vs)}"{_stroke(styles[name])} stroke-linejoin="round"/>')
     out.append("</svg>")
-    out += _end_labels(data, y_axis, colours, dots, left + w, top, h)
+    out += _end_labels(data, y_axis, styles, dots, left + w, top, h)
     return Picture("\n".join([*out, "</svg>"]))
 
 
@@ -135,7 +135,7 @@ def bar_chart(
         x_label: what the bars are.
         y_label: what their height is, with its unit.
         y_range: ends of the axis; default from 0 to the highest bar (or from the lowest, if negative).
-        colours: name -> CSS colour; default the first of the palette for all.
+        colours: name -> CSS colour; default a method's own, and the first of the palette for all other bars.
         alt: description for readers who do not see it; default names the axes.
         width: in user units, on the page at most 7/6 of it in pixels; the chart shrinks with its page.
         height: in user units.
@@ -161,9 +161,9 @@ def bar_chart(
         share = min(max(float(axis.share(value)), 0.0), 1.0)
         low, high = sorted((min(max(zero, 0.0), 1.0), share))
         x, y = left + i * step + step * 0.12, top + h * (1 - high)
-        colour = (colours or {}).get(name, PALETTE[0])
+        hue = (colours or {}).get(name) or (colour(name) if method(name) else PALETTE[0])
         out.append(
-            f'<rect x="{_n(x)}" y="{_n(y)}" width="{_n(step * 0.76)}" height="{_n(h * (high - low))}" fill="{colour}"/>'
+            f'<rect x="{_n(x)}" y="{_n(y)}" width="{_n(step * 0.76)}" height="{_n(h * (high - low))}" fill="{hue}"/>'
         )
         if i % every == 0:
             out.append(_text(x + step * 0.38, top + h + 18, name, anchor="middle"))
@@ -314,11 +314,18 @@ def _points(name: str, xs: ArrayLike, ys: ArrayLike, log_x: bool, log_y: bool) -
     return np.where(bad, np.nan, x), np.where(bad, np.nan, y)
 
 
-def _colours(series: Mapping[str, object], given: Mapping[str, str] | None) -> dict[str, str]:
-    free = [name for name in series if name not in (given or {})]
-    if not series or len(free) > len(PALETTE):
-        raise ValueError(f"series: got {len(series)}, wanted 1 to {len(PALETTE)} without colours of their own")
-    return {**dict(zip(free, PALETTE)), **{name: c for name, c in (given or {}).items() if name in series}}
+def _styles(series: Mapping[str, object], given: Mapping[str, str] | None) -> dict[str, Look]:
+    if not series:
+        raise ValueError("series: got 0, wanted at least 1")
+    own = looks(name for name in series if name not in (given or {}))
+    dashes = [dash for dash in DASHES if dash not in {look.dash for look in own.values()}]
+    for i, name in enumerate(name for name in series if name in (given or {})):
+        own[name] = Look((given or {})[name], dashes[i % len(dashes)] if dashes else "", "")
+    return own
+
+
+def _stroke(style: Look) -> str:
+    return f' stroke="{style.colour}"' + (f' stroke-dasharray="{style.dash}"' if style.dash else "")
 
 
 def _n(value: float) -> str:
@@ -373,27 +380,26 @@ def _path(us: np.ndarray, vs: np.ndarray) -> str:
     return "".join(parts)
 
 
-def _end_labels(data, y_axis: _Axis, colours, dots, x: float, top: float, h: float) -> list[str]:
+def _end_labels(data, y_axis: _Axis, styles: Mapping[str, Look], dots, x: float, top: float, h: float) -> list[str]:
     """Name every curve where it ends, pushed apart to a line's height, with a sample of its stroke."""
     ends = []
-    for i, (name, (_, ys)) in enumerate(data.items()):
+    for name, (_, ys) in data.items():
         finite = ys[np.isfinite(ys)]
         share = float(y_axis.share(finite[-1])) if len(finite) else 0.0
-        ends.append((top + h * (1 - min(max(share, 0.0), 1.0)), i, name))
-    ends.sort()
-    places, gap = [v for v, _, _ in ends], 19.0
+        ends.append((top + h * (1 - min(max(share, 0.0), 1.0)), name))
+    ends.sort(key=lambda end: end[0])
+    places, gap = [v for v, _ in ends], 19.0
     for j in range(1, len(places)):
         places[j] = max(places[j], places[j - 1] + gap)
     for j in reversed(range(len(places))):  # and back up, if the lowest left the frame
         limit = top + h if j == len(places) - 1 else places[j + 1] - gap
         places[j] = min(places[j], limit)
     out = []
-    for v, (_, i, name) in zip(places, ends):
-        dash = f' stroke-dasharray="{_DASHES[i % 6]}"' if i % 6 else ""
+    for v, (_, name) in zip(places, ends):
         sample = (
-            f'<circle cx="{_n(x + 18)}" cy="{_n(v)}" r="4" fill="{colours[name]}"/>'
+            f'<circle cx="{_n(x + 18)}" cy="{_n(v)}" r="4" fill="{styles[name].colour}"/>'
             if name in dots
-            else f'<path d="M{_n(x + 8)} {_n(v)}h20" stroke="{colours[name]}" stroke-width="2.5"{dash}/>'
+            else f'<path d="M{_n(x + 8)} {_n(v)}h20"{_stroke(styles[name])} stroke-width="2.5"/>'
         )
         out.append(sample + _text(x + 33, v + 5, name))
     return out

@@ -7,13 +7,13 @@ from lowrank_ref.lab import data
 
 def test_digits_split_and_scale():
     d = data.digits()
-    assert d.x_train.shape == (1000, 64) and d.x_test.shape == (797, 64)
+    assert d.x_train.shape == (1000, 64) and d.x_test.shape == (500, 64) and d.x_valid.shape == (297, 64)
     assert d.x_train.dtype == torch.float32 and d.y_train.dtype == torch.int64
     assert d.x_train.min() == pytest.approx(-0.3) and d.x_train.max() == pytest.approx(0.7)
     # Every image of the package is used exactly once.
     from sklearn.datasets import load_digits
 
-    ours = torch.cat([d.x_train, d.x_test])
+    ours = torch.cat([d.x_train, d.x_valid, d.x_test])
     theirs = torch.tensor(load_digits().data, dtype=torch.float32) / 16 - 0.3
     assert torch.equal(_sorted_rows(ours), _sorted_rows(theirs))
 
@@ -22,7 +22,7 @@ def test_digits_split_is_the_documented_one():
     # A change here changes the numbers of many chapters.
     d = data.digits()
     assert d.y_train[:12].tolist() == [6, 5, 5, 7, 9, 9, 8, 4, 6, 8, 6, 0]
-    assert torch.bincount(d.y_test).tolist() == [75, 79, 72, 77, 84, 83, 84, 81, 74, 88]
+    assert torch.bincount(torch.cat([d.y_test, d.y_valid])).tolist() == [75, 79, 72, 77, 84, 83, 84, 81, 74, 88]
 
 
 @pytest.mark.parametrize("angle", [90, 180, 270])
@@ -40,13 +40,13 @@ def test_digits_refuse_other_angles():
 
 def test_mnist5k_is_stratified_and_mixed():
     d = data.mnist5k()
-    assert d.x_train.shape == (4000, 1, 28, 28) and d.x_test.shape == (1000, 1, 28, 28)
+    assert d.x_train.shape == (4000, 1, 28, 28) and d.x_test.shape == (600, 1, 28, 28)
     assert torch.bincount(d.y_train).tolist() == [400] * 10
-    assert torch.bincount(d.y_test).tolist() == [100] * 10
+    assert torch.bincount(torch.cat([d.y_test, d.y_valid])).tolist() == [100] * 10
     assert d.x_train.min() == 0 and d.x_train.max() == 1
     assert len(set(d.y_train[:50].tolist())) >= 8  # mixed: the package sorts them by class
     # Mean ink of the whole set, summed from the package's file: nothing lost, nothing twice.
-    x = torch.cat([d.x_train, d.x_test]).flatten(1)
+    x = torch.cat([d.x_train, d.x_valid, d.x_test]).flatten(1)
     assert int((x * 255).round().double().sum()) == 131_267_102
     assert len(x.unique(dim=0)) == 5000
 

@@ -46,19 +46,19 @@ def hub(monkeypatch):
     image_features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(10)})
     sets = {
         ("ylecun/mnist",): {
-            "train": datasets.Dataset.from_dict({"image": [white, black], "label": [3, 4]}, features=image_features),
+            "train": datasets.Dataset.from_dict({"image": 6 * [white, black], "label": 6 * [3, 4]}, image_features),
             "test": datasets.Dataset.from_dict({"image": [black], "label": [9]}, features=image_features),
         },
         ("Salesforce/wikitext", "wikitext-2-raw-v1"): {
             "train": datasets.Dataset.from_dict({"text": ["", " = Title = \n", " A line .\n"]}),
             "validation": datasets.Dataset.from_dict({"text": [" Held out .\n"]}),
-            "test": datasets.Dataset.from_dict({"text": [" Not used .\n"]}),
+            "test": datasets.Dataset.from_dict({"text": [" The test .\n"]}),
         },
         ("nyu-mll/glue", "mrpc", "train"): datasets.Dataset.from_dict(
             {"sentence1": ["a", "b"], "sentence2": ["A", "C"], "label": [1, 0], "idx": [7, 8]}
         ),
         ("fancyzhx/ag_news",): {
-            "train": datasets.Dataset.from_dict({"text": ["shares fell", "a new chip"], "label": [2, 3]}),
+            "train": datasets.Dataset.from_dict({"text": ["shares fell", "a new chip"] * 6, "label": [2, 3] * 6}),
             "test": datasets.Dataset.from_dict({"text": ["match won"], "label": [1]}),
         },
     }
@@ -73,14 +73,14 @@ def hub(monkeypatch):
 def test_hub_mnist(hub):
     d = data.mnist5k()
     assert d.source == "ylecun/mnist"
-    assert d.x_train.shape == (2, 1, 28, 28) and d.x_test.shape == (1, 1, 28, 28)
+    assert d.x_train.shape == (11, 1, 28, 28) and d.x_test.shape == (1, 1, 28, 28)
     assert d.x_train[0].min() == 1 and d.x_train[1].max() == 0
-    assert d.y_train.tolist() == [3, 4] and d.y_test.tolist() == [9]
+    assert d.y_train[:2].tolist() == [3, 4] and d.y_valid.tolist() == [4] and d.y_test.tolist() == [9]
 
 
 def test_hub_text(hub):
     text = data.english_text()
-    assert text.train == " = Title = \n A line .\n" and text.valid == " Held out .\n"
+    assert text.train == " = Title = \n A line .\n" and text.valid == " Held out .\n" and text.test == " The test .\n"
 
 
 def test_hub_pairs_are_the_paraphrases(hub):
@@ -89,8 +89,12 @@ def test_hub_pairs_are_the_paraphrases(hub):
 
 def test_hub_topics(hub):
     topics = data.verse_topics()
-    assert topics.train == ["shares fell", "a new chip"] and topics.test == ["match won"]
-    assert [topics.classes[k] for k in topics.train_labels] == ["Business", "Sci/Tech"]
+    assert (
+        topics.train[:2] == ["shares fell", "a new chip"]
+        and topics.valid == ["a new chip"]
+        and topics.test == ["match won"]
+    )
+    assert [topics.classes[k] for k in topics.train_labels[:2]] == ["Business", "Sci/Tech"]
     assert topics.test_labels.tolist() == [1]
 
 

@@ -7,9 +7,11 @@ from lowrank_ref.lab import data
 def test_multitask():
     d = data.multitask()
     assert d.x_train.shape == (1500, 103) and d.y_train.shape == (1500, 14)
-    assert d.x_test.shape == (917, 103) and d.y_test.shape == (917, 14)
+    assert d.x_valid.shape == (417, 103) and d.y_valid.shape == (417, 14)
+    assert d.x_test.shape == (500, 103) and d.y_test.shape == (500, 14)
     assert set(d.y_train.unique().tolist()) == {0, 1}
-    assert int(d.y_train.sum() + d.y_test.sum()) == 10241  # 4.237 functions a gene, as published for Yeast
+    functions = d.y_train.sum() + d.y_valid.sum() + d.y_test.sum()
+    assert int(functions) == 10241  # 4.237 functions a gene, as published for Yeast
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,8 @@ def test_known_numbers_of_task_tables():
     assert flares.y.sum(axis=0).tolist() == [320.0, 50.0, 6.0]
     yeast, whole = data.task_table("yeast"), data.multitask()
     assert set(np.unique(yeast.y)) == {0, 1}
-    assert abs(yeast.y.mean() * 14 - 4.237) < 0.2 and len(yeast.y) == len(whole.x_train) + len(whole.x_test)
+    assert abs(yeast.y.mean() * 14 - 4.237) < 0.2
+    assert len(yeast.y) == sum(map(len, (whole.x_train, whole.x_valid, whole.x_test)))
     with pytest.raises(ValueError, match="name: got 'schools', wanted one of chicks, cars"):
         data.task_table("schools")
 

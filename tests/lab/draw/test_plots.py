@@ -16,18 +16,6 @@ def ax():
         plt.close(figure)
 
 
-def test_colours_are_stable():
-    assert plots.colour("LoRA") == plots.colour("LoRA r=4") == plots.OKABE_ITO["blue"]
-    assert plots.colour("full") == plots.colour("AdamW") == "#000000"
-    assert plots.colour("something new") == plots.colour("something new") != "#000000"
-    assert set(plots.METHOD.values()) <= set(plots.OKABE_ITO)
-
-
-@pytest.mark.parametrize("together", [("full", "LoRA", "DoRA", "PiSSA", "rsLoRA"), ("AdamW", "GaLore", "Fira", "LoRA")])
-def test_methods_that_meet_differ(together):
-    assert len({plots.colour(name) for name in together}) == len(together)
-
-
 def test_style_is_valid_and_small():
     with plt.rc_context(plots.style()):
         assert plt.rcParams["figure.figsize"][0] <= 6 and plt.rcParams["axes.facecolor"] == "white"

@@ -133,7 +133,7 @@ def test_dots_and_marks_and_colours():
     "call, message",
     [
         (lambda: chart({}), "series: got 0"),
-        (lambda: chart({str(i): ([0], [0]) for i in range(7)}), "series: got 7"),
+        (lambda: chart({str(i): ([0], [0]) for i in range(9)}), "got 9 series"),
         (lambda: chart({"a": ([0, 1], [1])}), "got shapes"),
         (lambda: chart({"a": ([0], [math.nan])}), "no finite point"),
         (lambda: chart(y_range=(1, 1)), "y_range: got"),

@@ -77,7 +77,7 @@ def test_rotation_depends_on_distance_only():
     q, k = torch.randn(2, 1, 1, 1, 8, generator=seeded())
 
     def score(i, j):
-        return float((transformer._rotate(q, cos[i], sin[i]) * models._rotate(k, cos[j], sin[j])).sum())
+        return float((transformer._rotate(q, cos[i], sin[i]) * transformer._rotate(k, cos[j], sin[j])).sum())
 
     assert score(3, 1) == pytest.approx(score(17, 15), abs=1e-5)
     assert score(3, 1) != pytest.approx(score(5, 1), abs=1e-3)

@@ -1,0 +1,46 @@
+"""Where data come from, and how a fixed split is drawn."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Inputs (float32) and targets (int64) of a fixed split, with where they come from.
+
+    Rates and sizes are chosen on the validation rows, results are reported on the test rows.
+    """
+
+    x_train: Tensor
+    y_train: Tensor
+    x_valid: Tensor
+    y_valid: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    name: str
+    source: str
+    licence: str
+
+
+def arrays(x: Tensor, y: Tensor, rows: Sequence[Tensor], name: str, source: str, licence: str) -> Arrays:
+    """Divide inputs and targets by the rows that train, validate and test."""
+    train, valid, test = rows
+    return Arrays(x[train], y[train], x[valid], y[valid], x[test], y[test], name, source, licence)
+
+
+def hub() -> bool:
+    """Whether the environment asks for the counterparts on the hub."""
+    choice = os.environ.get("LOWRANK_DATA", "embedded")
+    if choice not in ("embedded", "hub"):
+        raise ValueError(f"LOWRANK_DATA: got {choice!r}, wanted 'embedded' (the default) or 'hub'")
+    return choice == "hub"
+
+
+def split(n: int, train: int, test: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows that train, validate and test: the first, the last and the middle ones of a fixed order."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    return order[:train], order[train + test :], order[train : train + test]
