@@ -10,6 +10,7 @@ from torch import Tensor, nn
 #: How many lines a printed report shows.
 MOST = 64
 
+
 def numel(tensors: Iterable[Tensor]) -> int:
     """Count the numbers in all tensors, each tensor once."""
     return sum(t.numel() for t in {id(t): t for t in tensors}.values())

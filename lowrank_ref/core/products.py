@@ -5,7 +5,7 @@ Each function equals a definition up to rounding; the tests hold the two togethe
 | here              | equals                                         | keeps for backward, beside x and W         |
 |-------------------|------------------------------------------------|--------------------------------------------|
 | `lora_linear`     | x Wᵀ + b + `lora.lora_update`                  | A and B in x's dtype, s·xAᵀ (tokens, r);   |
-|                   |                                                | with large r under autocast x and W + s·BA |
+|                   |                                                | large r under autocast: x, W + s·BA        |
 | `dora_linear`     | x V'ᵀ + b, V' = `dora_pissa.dora_weight`   | A and B in x's dtype, m gains              |
 | `randlora_linear` | x Wᵀ + b + x ΔWᵀ, ΔW = `randlora.delta_weight` | the diagonals, and ΔW (fused: W + ΔW)      |
 
@@ -31,9 +31,14 @@ from lowrank_ref.core.weights import has_hooks, has_own_forward
 BLOCK = 2**23
 
 
+def autocasts(x: Tensor) -> bool:
+    """Tell whether autocast is on where x is: never on the meta device, which has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def computing_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a linear layer multiplies x: that of autocast where it is on, else that of x."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+    if autocasts(x) and x.is_floating_point() and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -49,93 +54,48 @@ def is_plain(base: nn.Module, x: Tensor) -> bool:
         return False
     if W.device != x.device or not x.is_floating_point() or dtype == torch.float16:
         return False
-    return x.dtype == W.dtype or (torch.is_autocast_enabled(x.device.type) and dtype == torch.bfloat16)
+    return x.dtype == W.dtype or (dtype == torch.bfloat16 and autocasts(x))
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.reshape(-1, x.shape[-1]).to(dtype)
 
 
-def _times(M: Tensor, factor: Any, dtype: torch.dtype) -> Tensor:
-    """Return M times a number or a tensor, multiplied in the wider dtype and rounded once, by one kernel."""
-    if torch.compiler.is_compiling():  # which fuses the two, and takes no `out` of what trains
-        return (M.to(torch.promote_types(M.dtype, dtype)) * factor).to(dtype)
-    return torch.mul(M, factor, out=M.new_empty(M.shape, dtype=dtype))
-
-
-def _product(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
-    """Return scale·AB in the matrices' own dtype, whatever autocast says, scaled by the kernel that multiplies."""
-    if torch.compiler.is_compiling():
-        with torch.autocast(A.device.type, enabled=False):
-            return scale * (A @ B)
-    out = A.new_empty(len(A), B.shape[1])
-    return torch.addmm(out, A, B, beta=0, alpha=scale, out=out)  # autocast leaves alone what has an `out`
-
-
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        dtype = computing_dtype(x)
-        rows = _rows(x, dtype)
-        ctx.scale, ctx.dtypes = scale, (A.dtype, B.dtype)
-        if A.dtype == dtype:
-            t = (rows @ A.T).mul_(scale)
-        else:
-            A, B = _times(A, scale, dtype), B.to(dtype)  # the cast scales, too
-            t = rows @ A.T
-        out = F.linear(rows, W.to(dtype), bias)
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype
+    ) -> Tensor:
+        rows, ctx.scale, ctx.dtypes = _rows(x, dtype), scale, (A.dtype, B.dtype)
+        A, B = A.to(dtype), B.to(dtype)
+        t = (rows @ A.T).mul_(scale)
+        out = F.linear(rows, W.to(dtype), bias).addmm_(t, B.T)
         ctx.save_for_backward(x, W, A, B, t)
-        return out.addmm_(t, B.T).view(*x.shape[:-1], len(B))
+        return out.view(*x.shape[:-1], out.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, t = ctx.saved_tensors
         rows, dY = _rows(x, A.dtype), _rows(dY, A.dtype)
-        u = dY @ B
-        dA = _product(u.T, rows, ctx.scale).to(ctx.dtypes[0]) if ctx.needs_input_grad[3] else None
+        u = (dY @ B).mul_(ctx.scale)
+        dA = (u.T @ rows).to(ctx.dtypes[0]) if ctx.needs_input_grad[3] else None
         dB = (dY.T @ t).to(ctx.dtypes[1]) if ctx.needs_input_grad[4] else None
         dW = (dY.T @ rows).to(W.dtype) if ctx.needs_input_grad[1] else None  # an adapter freezes W and b
         db = dY.sum(0).to(W.dtype) if ctx.needs_input_grad[2] else None
         dx = None
         if ctx.needs_input_grad[0]:
-            s = ctx.scale if ctx.dtypes[0] == A.dtype else 1.0  # else A has it
-            dx = (dY @ W.to(A.dtype)).addmm_(u, A, alpha=s).view(x.shape).to(x.dtype)
-        return dx, dW, db, dA, dB, None
+            dx = (dY @ W.to(A.dtype)).addmm_(u, A).view(x.shape).to(x.dtype)
+        return dx, dW, db, dA, dB, None, None
 
 
-class _WholeLinear(torch.autograd.Function):
-    """LoRA by one product with V = W + s·BA, which autocast would round as it would round W."""
+def through_weight(tokens: int, rank: int, m: int, n: int) -> bool:
+    """Tell whether a step with W + s·BA takes no more FLOPs than one with W and the factors, but for an eighth.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        dtype, delta = computing_dtype(x), _product(B, A, scale)
-        compiling = torch.compiler.is_compiling()
-        V = (W + delta).to(dtype) if compiling else torch.add(W, delta, out=W.new_empty(W.shape, dtype=dtype))
-        rows = _rows(x, dtype)
-        ctx.save_for_backward(rows, V, A, B)
-        ctx.scale, ctx.x, ctx.W = scale, (x.shape, x.dtype), W.dtype
-        return F.linear(rows, V, bias).view(*x.shape[:-1], len(B))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        rows, V, A, B = ctx.saved_tensors
-        dY = _rows(dY, V.dtype)
-        dx = (dY @ V).view(ctx.x[0]).to(ctx.x[1]) if ctx.needs_input_grad[0] else None
-        whole = dY.T @ rows
-        G = whole.to(A.dtype)
-        dW = whole.to(ctx.W) if ctx.needs_input_grad[1] else None
-        db = dY.sum(0).to(ctx.W) if ctx.needs_input_grad[2] else None
-        return dx, dW, db, _product(B.T, G, ctx.scale), _product(G, A.T, ctx.scale), None
-
-
-def through_weight(rank: int, m: int, n: int) -> bool:
-    """Tell whether a step with W + s·BA takes fewer FLOPs than one with W and the factors, for many tokens.
-
-    That is 6mn a token against 4mn + 6r(m+n): from a third of mn/(m+n) on, m/6 where m = n.
+    That is 6mn a token against 4mn + 6r(m+n): from a third of mn/(m+n) on, m/6 where m = n. W + s·BA and the gradients
+    of its factors cost as much as r tokens more: an eighth from 8r tokens on.
     """
-    return 3 * rank * (m + n) > m * n
+    return 3 * rank * (m + n) > m * n and tokens >= 8 * rank
 
 
 def lora_linear(
@@ -156,9 +116,13 @@ def lora_linear(
         >>> lora_linear(torch.tensor([1.0, 2.0]), one(1, 2), one(1), one(1, 2), one(1, 1), 0.5).tolist()
         [5.5]
     """
-    rounds = W.dtype.itemsize > computing_dtype(x).itemsize
-    way = _WholeLinear if rounds and A.dtype == B.dtype == W.dtype and through_weight(len(A), *W.shape) else _LoRALinear
-    return cast(Tensor, way.apply(x, W, bias, A, B, scale))
+    dtype = computing_dtype(x)
+    if dtype.itemsize < W.dtype.itemsize and A.dtype == B.dtype == W.dtype:
+        if through_weight(x.numel() // x.shape[-1], A.shape[0], *W.shape):
+            with torch.autocast(x.device.type, enabled=False):
+                V = torch.addmm(W, B, A, alpha=scale)
+            return F.linear(x, V, bias)
+    return cast(Tensor, _LoRALinear.apply(x, W, bias, A, B, scale, dtype))
 
 
 @torch.no_grad()
@@ -176,8 +140,10 @@ def row_norms(
 
 
 def _scaled(W: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return gain ⊙ W, without a matrix of the wider dtype."""
-    return _times(W, gain[..., None], dtype)
+    """Return gain ⊙ W, multiplied in the wider dtype and rounded once, without a matrix of the wider dtype."""
+    if torch.compiler.is_compiling():  # which fuses the two, and takes no `out` of what trains
+        return (W * gain[..., None]).to(dtype)
+    return torch.mul(W, gain[..., None], out=W.new_empty(W.shape, dtype=dtype))
 
 
 class _DoRALinear(torch.autograd.Function):

@@ -8,9 +8,10 @@ factors: part 1 keeps them in float32 under autocast, the usual way to train; pa
 in bfloat16. All methods of a part are timed in turn, round after round, so that a change of clock meets all of them.
 Sensitive to other load on the GPU; about a minute in all.
 
-The part "model" takes whole training steps: a LLaMA-60M-shaped GPT in float32 under bfloat16 autocast, AdamW, full
-training beside LoRA and PEFT's LoRA of rank 128 on all 56 matrices of its blocks, eager and compiled, with the casts
-and kernels of a step counted. About a minute more, most of it compiling.
+The part "few" has 8 tokens and factors in bfloat16: all is launching there. The part "model" takes whole training
+steps: a LLaMA-60M-shaped GPT in float32 under bfloat16 autocast, AdamW, full training beside LoRA and PEFT's LoRA of
+rank 128 on all 56 matrices of its blocks, eager and compiled, with the casts and kernels of a step counted. About two
+minutes more, most of it compiling.
 """
 
 import copy
@@ -21,7 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import MIB, arguments, peak_mib, reset_peak, save, synchronize
+from common import MIB, arguments, interleaved, peak_mib, reset_peak, save, synchronize
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -96,7 +97,7 @@ def build(part: str, tiny: bool, width: int, device: str) -> dict[str, nn.Module
         except ImportError:
             print("no PEFT on this machine: the rows without it still count", flush=True)
             continue
-        if part == "bfloat16":
+        if part in ("bfloat16", "few"):
             for p in model.parameters():  # `.to` would leave the factors in float32
                 p.data = p.data.to(torch.bfloat16)
         elif name.startswith("SLTrain"):
@@ -169,6 +170,7 @@ def extra_mib(run: Callable[[], Any], device: str) -> float:
 def measure(part: str, tiny: bool, device: str) -> dict[str, Any]:
     """Measure all methods with one choice of dtypes."""
     width, tokens, repeats = (64, 96, 2) if tiny else (4096, 8192, 20)
+    tokens = 8 if part == "few" else tokens
     generator = torch.Generator().manual_seed(1)
     x, gradient = (torch.randn(tokens, width, generator=generator).to(device, torch.bfloat16) for _ in range(2))
     x.requires_grad_()
@@ -184,8 +186,10 @@ def measure(part: str, tiny: bool, device: str) -> dict[str, Any]:
 
     wrong = {name: errors(model, x, gradient, autocast) for name, model in models.items()}
     memory = {name: extra_mib(partial(both, model), device) for name, model in models.items()}
-    ahead = timed({name: partial(forward, model) for name, model in models.items()}, device, repeats)
-    whole = timed({name: partial(both, model) for name, model in models.items()}, device, repeats)
+    times = interleaved if part == "few" else partial(timed, device=device)  # not ahead of the GPU, where all is launch
+    repeats = 5 * repeats if part == "few" else repeats
+    ahead = times({name: partial(forward, model) for name, model in models.items()}, repeats=repeats)
+    whole = times({name: partial(both, model) for name, model in models.items()}, repeats=repeats)
     rows = []
     for name in models:
         row: dict[str, Any] = {"method": name, **{f"forward_{key}": value for key, value in ahead[name].items()}}
@@ -193,6 +197,7 @@ def measure(part: str, tiny: bool, device: str) -> dict[str, Any]:
         peer = PEERS.get(name)
         if peer in whole:
             row |= {"peer": peer, "time_ratio": round(whole[name]["median_ms"] / whole[peer]["median_ms"], 3)}
+            row["forward_time_ratio"] = round(ahead[name]["median_ms"] / ahead[peer]["median_ms"], 3)
             row |= {"memory_ratio": round(memory[name] / memory[peer], 3)} if memory[peer] else {}
         rows.append(row)
         print(part, row, flush=True)
@@ -259,7 +264,7 @@ def kernels(step: Callable[[], Any]) -> dict[str, float]:
 def measure_models(tiny: bool, device: str) -> dict[str, Any]:
     """Time whole training steps, eager and compiled."""
     shape = {"dim": 32, "ffn": 64, "layers": 2, "heads": 2, "vocab_size": 64} if tiny else llama_shape("60M")
-    batch, length, rank, repeats = (2, 16, 8, 2) if tiny else (32, 256, 128, 12)
+    batch, length, rank, repeats = (2, 32, 8, 2) if tiny else (32, 256, 128, 8)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(shape["vocab_size"], (batch, length + 1), generator=generator).to(device)
     steps, rows = {}, {}
@@ -287,10 +292,17 @@ def measure_models(tiny: bool, device: str) -> dict[str, Any]:
                 step()
                 row["peak_mib"] = round(peak_mib())
             steps[f"{name}, {way}"], rows[f"{name}, {way}"] = step, row
-    times = timed(steps, device, repeats)
+
+    def several(step: Callable[[], Any]) -> None:
+        for _ in range(4):  # in a row, as in training, where the host may run ahead of the GPU
+            step()
+
+    times = interleaved({key: partial(several, step) for key, step in steps.items()}, repeats=repeats)
     for key, row in rows.items():
-        dense = times[f"full training, {row['way']}"]["median_ms"]
-        row |= times[key] | {"time_ratio_to_full_training": round(times[key]["median_ms"] / dense, 3)}
+        row |= {name: round(ms / 4, 3) for name, ms in times[key].items()}
+        for peer in ("full training", f"PEFT LoRA r {rank}"):
+            if other := times.get(f"{peer}, {row['way']}"):
+                row[f"time_ratio_to_{peer}"] = round(times[key]["median_ms"] / other["median_ms"], 3)
         print("model", row, flush=True)
     setting = f"GPT {shape}, {batch} x {length} tokens, float32 weights, bf16 autocast, AdamW"
     return {"setting": setting, "rows": list(rows.values())}
@@ -298,7 +310,7 @@ def measure_models(tiny: bool, device: str) -> dict[str, Any]:
 
 def main() -> None:
     """Run the parts asked for."""
-    args = arguments(__doc__ or "", ("autocast", "float32", "bfloat16", "model"))
+    args = arguments(__doc__ or "", ("autocast", "float32", "bfloat16", "few", "model"))
     for part in args.part:
         found = measure_models(args.tiny, args.device) if part == "model" else measure(part, args.tiny, args.device)
         save(args.out, part, found, ("peft",))

@@ -218,16 +218,16 @@ def test_half_precision_is_close_and_dtypes_are_those_of_a_linear_layer(name, dt
 
 
 def thick(rank, weight_dtype=torch.float32):
-    """x, W, bias, A and B of a (48, 40) layer; through the weight from rank 8 on."""
+    """x, W, bias, A and B of a (48, 40) layer and 64 tokens; through the weight with rank 8."""
     parts = gaussian(64, 40, seed=7), gaussian(48, 40) / 6, gaussian(48, seed=1), gaussian(rank, 40, seed=2) / 6
     x, W, bias, A, B = (t.float() for t in (*parts, gaussian(48, rank, seed=3) / 6))
     return [t.requires_grad_() for t in (x, W.to(weight_dtype), bias, A, B)]
 
 
-@pytest.mark.parametrize("rank, through", [(7, False), (8, True), (20, True)])
+@pytest.mark.parametrize("rank, through", [(7, False), (8, True), (9, False)])
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 def test_both_ways_are_close_to_the_definition(rank, through, x_dtype):
-    assert through_weight(rank, 48, 40) == through
+    assert through_weight(64, rank, 48, 40) == through
     tensors = thick(rank)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     z = F.linear(*exact[:3]) + lora_update(exact[0], *exact[3:], 0.7)
@@ -239,11 +239,10 @@ def test_both_ways_are_close_to_the_definition(rank, through, x_dtype):
     for t, e in zip([y, *(t.grad for t in tensors)], [z, *(e.grad for e in exact)]):
         assert (t.double() - e).norm() <= 0.02 * e.norm()
     assert all(t.grad.dtype == t.dtype for t in tensors)
-    assert torch.equal(y.grad_fn(torch.zeros_like(y))[0], torch.zeros_like(tensors[0].to(x_dtype)))
 
 
 def test_through_the_weight_the_sum_is_rounded_once_and_only_where_the_weight_is_rounded_anyway():
-    x, W, _, A, B = (t.detach() for t in thick(20))
+    x, W, _, A, B = (t.detach() for t in thick(8))
     with torch.autocast("cpu", torch.bfloat16):
         got, dense = lora_linear(x, W, None, A, B, 0.7), F.linear(x, W + 0.7 * (B.double() @ A.double()).float())
         assert torch.equal(lora_linear(x, W, None, A, 0 * B, 0.7), F.linear(x, W))  # starts at the base
@@ -254,14 +253,15 @@ def test_through_the_weight_the_sum_is_rounded_once_and_only_where_the_weight_is
     assert (half - exact).norm() < 0.005 * exact.norm()  # a bfloat16 weight keeps a product of its own for the update
 
 
-def test_through_weight_is_the_smaller_count_of_flops_for_many_tokens():
+def test_through_weight_counts_flops():
     for m, n, r in [(512, 512, 85), (512, 512, 86), (1376, 512, 124), (1376, 512, 125), (8, 8, 1), (8, 8, 2)]:
-        assert through_weight(r, m, n) == (6 * m * n < 4 * m * n + 6 * r * (m + n))
+        assert through_weight(10**9, r, m, n) == (6 * m * n < 4 * m * n + 6 * r * (m + n))
+    assert through_weight(1024, 128, 512, 512) and not through_weight(1023, 128, 512, 512)  # few tokens: the factors
 
 
-@pytest.mark.parametrize("rank, forward, backward", [(8, 4, 6), (4, 7, 10)])
+@pytest.mark.parametrize("rank, forward, backward", [(8, 4, 8), (4, 8, 11)])
 def test_a_step_takes_few_operators(rank, forward, backward):
-    """Under autocast, with a float32 base. A dense layer takes 3 and 4, and a weight's worth of Adam."""
+    """Under autocast, with a float32 base and a scale s. A dense layer takes 3 and 4, and a weight's worth of Adam."""
 
     class Count(torch.utils._python_dispatch.TorchDispatchMode):
         names: list = []
@@ -280,15 +280,26 @@ def test_a_step_takes_few_operators(rank, forward, backward):
     assert (ahead, len(count.names) - ahead - 1) == (forward, backward), count.names
 
 
-@pytest.mark.parametrize("rank", [4, 20])
+def test_through_the_weight_all_of_autograd_works():
+    """Second derivatives and the transforms of `torch.func`, which the other way refuses."""
+    x, W, bias, A, B = thick(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(x, W, bias, A, B, 0.7)
+        gradient = torch.func.grad(lambda A: lora_linear(x, W, bias, A, B, 0.7).float().sum())(A)
+    (dx,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+    dx.sum().backward()
+    assert A.grad.norm() > 0 and gradient.norm() > 0
+
+
+@pytest.mark.parametrize("rank", [4, 8])
 def test_bfloat16_inputs_under_autocast_take_the_fast_way_too(rank):
-    layer, x = LoRALinear(nn.Linear(40, 48), rank), gaussian(5, 40).bfloat16()
+    layer, x = LoRALinear(nn.Linear(40, 48), rank), gaussian(64, 40).bfloat16()
     assert not is_plain(layer.base, x)
     with torch.autocast("cpu", torch.bfloat16):
         assert is_plain(layer.base, x) and layer.as_one(x)
         assert torch.equal(layer(x), layer.base(x))
-        with pytest.raises(RuntimeError):
-            layer(torch.ones(5, 40, dtype=torch.int64))
+        whole = torch.ones(5, 40, dtype=torch.int64)
+        assert not is_plain(layer.base, whole)
 
 
 def test_computing_dtype():
