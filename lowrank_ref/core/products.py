@@ -117,11 +117,11 @@ def lora_linear(
         [5.5]
     """
     dtype = computing_dtype(x)
-    if dtype.itemsize < W.dtype.itemsize and A.dtype == B.dtype == W.dtype:
-        if through_weight(x.numel() // x.shape[-1], A.shape[0], *W.shape):
-            with torch.autocast(x.device.type, enabled=False):
-                V = torch.addmm(W, B, A, alpha=scale)
-            return F.linear(x, V, bias)
+    rounds = dtype.itemsize < W.dtype.itemsize and A.dtype == B.dtype == W.dtype
+    if rounds and through_weight(x.numel() // x.shape[-1], A.shape[0], *W.shape):
+        with torch.autocast(x.device.type, enabled=False):
+            V = torch.addmm(W, B, A, alpha=scale)
+        return F.linear(x, V, bias)
     return cast(Tensor, _LoRALinear.apply(x, W, bias, A, B, scale, dtype))
 
 
