@@ -189,7 +189,7 @@ class AdaptedLinear(Adapter):
     def as_one(self, x: Tensor) -> bool:
         """Tell whether base and update may be computed as one product: both read this x, and the base is plain."""
         self.check_start()
-        return (self.is_product or not self.training) and is_plain(self.base, x)
+        return (not self.training or self.is_product) and is_plain(self.base, x)
 
     def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return x ΔWᵀ."""

@@ -13,7 +13,7 @@ Autograd's own graph would keep a second copy of x where dtypes differ, and a (t
 Here the update is added into the base product by the same kernel that computes it, in forward and in backward.
 
 Products are computed in the dtype of autocast where it is on, else in that of x, which is the weight's; matrix
-products add up in float32. A double backward raises a RuntimeError, and so do the transforms of `torch.func`: for
+products add up in float32. A double backward may raise a RuntimeError, and so may the transforms of `torch.func`: for
 those, call the definition. Compiled, DoRA keeps one (m, n) matrix more: the compiler sees that backward needs it too.
 """
 
@@ -29,6 +29,8 @@ from lowrank_ref.core.weights import has_hooks, has_own_forward
 
 #: How many entries of a weight `row_norms` looks at together: 32 MiB in float32.
 BLOCK = 2**23
+#: Below so many entries of x, starting an operator costs more than its work.
+FEW = 2**20
 
 
 def autocasts(x: Tensor) -> bool:
@@ -109,7 +111,8 @@ def lora_linear(
     """Return x Wᵀ + b + s·(xAᵀ)Bᵀ. Beside x and the parameters, backward keeps the (tokens, r) product s·xAᵀ.
 
     Where autocast rounds W anyway and the rank is so large that it pays (`through_weight`), it is one product with
-    W + s·BA, summed before it is rounded: no less exact, and backward keeps what that of a dense layer keeps.
+    W + s·BA, summed before it is rounded: no less exact, and backward keeps what that of a dense layer keeps. Few
+    numbers go through PyTorch's own operators, which start sooner.
 
     Example:
         >>> one = torch.ones
@@ -117,6 +120,9 @@ def lora_linear(
         [5.5]
     """
     dtype = computing_dtype(x)
+    if W.dtype == dtype and x.numel() < FEW:
+        x = x.to(dtype)
+        return torch.add(F.linear(x, W, bias), F.linear(F.linear(x, A.to(dtype)), B.to(dtype)), alpha=scale)
     rounds = dtype.itemsize < W.dtype.itemsize and A.dtype == B.dtype == W.dtype
     if rounds and through_weight(x.numel() // x.shape[-1], A.shape[0], *W.shape):
         with torch.autocast(x.device.type, enabled=False):

@@ -1,6 +1,8 @@
 """The fast products against their definitions: values, gradients, dtypes, and what they keep for backward."""
 
 import copy
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -35,14 +37,18 @@ def assert_close(got, wanted, atol=1e-12):
     torch.testing.assert_close(got, wanted, rtol=0, atol=atol)
 
 
-def lora_case(m, n, r):
+def lora_case(m, n, r, few=0):
     """Function, definition and arguments."""
+
+    def function(*parts):
+        with mock.patch.object(products, "FEW", few):  # 0: by the backward of its own
+            return lora_linear(*parts, 0.7)
 
     def definition(x, W, bias, A, B):
         return F.linear(x, W, bias) + lora_update(x, A, B, 0.7)
 
     parts = gaussian(m, n), gaussian(m, seed=1), gaussian(r, n, seed=2), gaussian(m, r, seed=3)
-    return lambda *p: lora_linear(*p, 0.7), definition, parts
+    return function, definition, parts
 
 
 def dora_case(m, n, r):
@@ -70,6 +76,7 @@ def randlora_case(m, n, r, fused=False):
 
 CASES = {
     "lora": lora_case,
+    "lora, few": partial(lora_case, few=products.FEW),
     "dora": dora_case,
     "randlora": randlora_case,
     "randlora, fused": lambda m, n, r: randlora_case(m, n, r, fused=True),
@@ -97,7 +104,7 @@ def test_value_and_all_gradients_are_those_of_the_definition(name, shape, rows, 
 
 
 @pytest.mark.parametrize("shape", [(5, 4, 2), (4, 5, 3), (3, 3, 1)])
-@pytest.mark.parametrize("name", ["lora", "randlora", "randlora, fused"])
+@pytest.mark.parametrize("name", ["lora", "lora, few", "randlora", "randlora, fused"])
 def test_gradcheck(name, shape):
     """DoRA holds its norm constant in backward, which no difference quotient does."""
     function, _, parts = CASES[name](*shape)
@@ -280,8 +287,14 @@ def test_a_step_takes_few_operators(rank, forward, backward):
     assert (ahead, len(count.names) - ahead - 1) == (forward, backward), count.names
 
 
+def test_few_numbers_have_second_derivatives():
+    function, _, parts = CASES["lora, few"](5, 4, 2)
+    tensors = [t.requires_grad_() for t in (gaussian(3, 4, seed=7), *parts)]
+    assert torch.autograd.gradgradcheck(function, tensors)
+
+
 def test_through_the_weight_all_of_autograd_works():
-    """Second derivatives and the transforms of `torch.func`, which the other way refuses."""
+    """Second derivatives and the transforms of `torch.func`, which the backward of its own refuses."""
     x, W, bias, A, B = thick(8)
     with torch.autocast("cpu", torch.bfloat16):
         y = lora_linear(x, W, bias, A, B, 0.7)
@@ -329,9 +342,11 @@ def kept_numbers(function, *known):
 TOKENS, WIDE, R = 300, 64, 4
 
 
+@pytest.mark.parametrize("few", [0, products.FEW])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [LoRALinear, DoRALinear, SoRALinear])
-def test_a_layer_keeps_x_its_parameters_and_a_rank_r_product(make, dtype):
+def test_a_layer_keeps_x_its_parameters_and_a_rank_r_product(make, dtype, few, monkeypatch):
+    monkeypatch.setattr(products, "FEW", few)
     layer = make(nn.Linear(WIDE, WIDE, dtype=dtype), R, generator=seeded())
     x = gaussian(TOKENS, WIDE).to(dtype).requires_grad_()
     count, _ = kept_numbers(lambda: layer(x), x, *layer.parameters())
@@ -444,7 +459,7 @@ def test_randlora_is_the_same_through_delta_and_through_the_factors(shape, fused
             torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-9)
 
 
-@each_case
+@pytest.mark.parametrize("name", ["lora", "dora", "randlora", "randlora, fused"])
 def test_a_second_derivative_raises(name):
     function, _, parts = CASES[name](5, 4, 2)
     x = gaussian(3, 4, seed=7).requires_grad_()
