@@ -22,7 +22,7 @@ then none. Embeddings and convolutions are in `embedding_conv.py`, the relatives
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
