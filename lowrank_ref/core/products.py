@@ -125,9 +125,7 @@ def lora_linear(
         return torch.add(F.linear(x, W, bias), F.linear(F.linear(x, A.to(dtype)), B.to(dtype)), alpha=scale)
     rounds = dtype.itemsize < W.dtype.itemsize and A.dtype == B.dtype == W.dtype
     if rounds and through_weight(x.numel() // x.shape[-1], A.shape[0], *W.shape):
-        with torch.autocast(x.device.type, enabled=False):
-            V = torch.addmm(W, B, A, alpha=scale)
-        return F.linear(x, V, bias)
+        return F.linear(x, torch.add(W, B @ A, alpha=scale), bias)
     return cast(Tensor, _LoRALinear.apply(x, W, bias, A, B, scale, dtype))
 
 

@@ -264,7 +264,7 @@ def kernels(step: Callable[[], Any]) -> dict[str, float]:
 def measure_models(tiny: bool, device: str) -> dict[str, Any]:
     """Time whole training steps, eager and compiled."""
     shape = {"dim": 32, "ffn": 64, "layers": 2, "heads": 2, "vocab_size": 64} if tiny else llama_shape("60M")
-    batch, length, rank, repeats = (2, 32, 8, 2) if tiny else (32, 256, 128, 8)
+    batch, length, rank, repeats = (2, 32, 8, 2) if tiny else (64, 256, 128, 8)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(shape["vocab_size"], (batch, length + 1), generator=generator).to(device)
     steps, rows = {}, {}

@@ -251,11 +251,10 @@ def test_both_ways_are_close_to_the_definition(rank, through, x_dtype):
 def test_through_the_weight_the_sum_is_rounded_once_and_only_where_the_weight_is_rounded_anyway():
     x, W, _, A, B = (t.detach() for t in thick(8))
     with torch.autocast("cpu", torch.bfloat16):
-        got, dense = lora_linear(x, W, None, A, B, 0.7), F.linear(x, W + 0.7 * (B.double() @ A.double()).float())
+        V = lora_linear(torch.eye(64, 40), W, None, A, B, 0.7)[:40].T
         assert torch.equal(lora_linear(x, W, None, A, 0 * B, 0.7), F.linear(x, W))  # starts at the base
         half = lora_linear(x, W.bfloat16(), None, A, B, 0.7)
-    torch.testing.assert_close(got, dense, rtol=0.02, atol=0.02)
-    assert (got == dense).float().mean() > 0.95
+    assert torch.equal(V, (W + 0.7 * (B.bfloat16() @ A.bfloat16()).float()).bfloat16())
     exact = F.linear(x.double(), W.bfloat16().double()) + 0.7 * (x.double() @ A.double().T @ B.double().T)
     assert (half - exact).norm() < 0.005 * exact.norm()  # a bfloat16 weight keeps a product of its own for the update
 
@@ -266,9 +265,9 @@ def test_through_weight_counts_flops():
     assert through_weight(1024, 128, 512, 512) and not through_weight(1023, 128, 512, 512)  # few tokens: the factors
 
 
-@pytest.mark.parametrize("rank, forward, backward", [(8, 4, 8), (4, 8, 11)])
+@pytest.mark.parametrize("rank, forward, backward", [(8, 7, 10), (4, 8, 11)])
 def test_a_step_takes_few_operators(rank, forward, backward):
-    """Under autocast, with a float32 base and a scale s. A dense layer takes 3 and 4, and a weight's worth of Adam."""
+    """Under autocast, with a float32 base and a scale that is not 1. A dense layer takes 3 and 4, on more numbers."""
 
     class Count(torch.utils._python_dispatch.TorchDispatchMode):
         names: list = []
