@@ -4,9 +4,9 @@
     torchrun --standalone --nproc_per_node 2 tests/benchmarks/bench_scaling.py --out scaling.json
 
 Full training, LoRA and GaLore under DDP; full training, LoRA, SLTrain and BitLinear under FSDP2. A LLaMA-350M-shaped
-GPT under bf16 autocast on random tokens. Part "strong": 32 windows of 512 tokens in all, of which each process takes its
-share; the loss is the same but for the roundings of bf16, which parts of a batch meet in other orders. Part "weak": 32
-windows for each process. With one process the two are the same and measured once. Rows are stored one by one.
+GPT under bf16 autocast on random tokens. Part "strong": 32 windows of 512 tokens in all, of which each process takes
+its share; the loss is the same but for the roundings of bf16, which parts of a batch meet in other orders. Part "weak":
+32 windows for each process. With one process the two are the same and measured once. Rows are stored one by one.
 """
 
 import gc
