@@ -2,7 +2,8 @@
 
 `{chooser}`: when to use which method. `{rates}`: learning rates that were best.
 `{claims}`: every claim of every chapter. `{status}`: all planned papers.
-`{reading}`: what to read before what.
+`{reading}`: what to read before what. `{scaling}`: steps on one and on two devices, if
+they have been measured.
 """
 
 import functools
@@ -262,6 +263,44 @@ def gpu_results(book: Path, key: str, hardware: list[str]) -> str:
     return "<br>".join(lines)
 
 
+def scaling(book: Path) -> str:
+    """Steps on one and on two devices, from `results/scaling.json`, if there."""
+    if not (book / "results" / "scaling.json").exists():
+        return ""
+    parts = stored("scaling")
+    ms = {
+        (part, row["method"], row["processes"]): row["ms_per_step"]
+        for part in ("strong", "weak")
+        for row in parts.get(part, {}).get("rows", [])
+    }
+    rows = []
+    for part, method, processes in ms:
+        if (part, processes) == ("strong", 1):
+            one, half, two = (
+                ms.get(key)
+                for key in (
+                    (part, method, 1),
+                    (part, method, 2),
+                    ("weak", method, 2),
+                )
+            )
+            cells = [f"{one:.0f}"]
+            cells += [f"{half:.0f}", f"{one / half:.2f}"] if half else ["", ""]
+            cells += [f"{two:.0f}", f"{2 * one / two:.2f}"] if two else ["", ""]
+            rows.append([escape(method), *cells])
+    header = [
+        "method",
+        "one device, ms a step",
+        "two, half the batch each, ms",
+        "times as fast",
+        "two, the whole batch each, ms",
+        "times the tokens a second",
+    ]
+    day = parts["strong"]["provenance"]
+    told = f"{parts['strong']['setting']}. {day['hardware']}, {day['date']}."
+    return f"<p>{escape(told)}</p>" + table(header, rows, "Steps on two devices")
+
+
 def official(paper: PaperInfo) -> str:
     code = paper.official_code
     if not code:
@@ -340,6 +379,7 @@ TABLES = {
     "claims": claims,
     "rates": rates,
     "reading": reading,
+    "scaling": scaling,
     "status": status,
 }
 

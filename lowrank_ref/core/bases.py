@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_ref.core.products import is_plain
+from lowrank_ref.core.products import autocasts, is_plain
 from lowrank_ref.core.weights import current, has_own_forward, is_conv1d, updated, weight_of, with_weight
 
 
@@ -105,11 +105,10 @@ class Adapter(nn.Module, metaclass=_FreezesLast):
         float16 is too narrow for what lies between two factors, also under autocast: there the update has float32.
         """
         self.check_start()
-        kind = x.device.type
-        own = next(iter(self.adapter_parameters().values())).dtype
-        x = x.to(own) if x.is_floating_point() and not torch.is_autocast_enabled(kind) else x
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
-            with torch.autocast(kind, enabled=False):
+        own, on = next(iter(self.adapter_parameters().values())).dtype, autocasts(x)
+        x = x.to(own) if x.is_floating_point() and not on else x
+        if on and torch.get_autocast_dtype(x.device.type) == torch.float16:
+            with torch.autocast(x.device.type, enabled=False):
                 return (out + update(x.to(own) if x.is_floating_point() else x)).to(out.dtype)
         return (out + update(x)).to(out.dtype)
 
@@ -219,7 +218,7 @@ class AdaptedLinear(Adapter):
     def as_one(self, x: Tensor) -> bool:
         """Tell whether base and update may be computed as one product: both read this x, and the base is plain."""
         self.check_start()
-        return (self.is_product or not self.training) and is_plain(self.base, x)
+        return (not self.training or self.is_product) and is_plain(self.base, x)
 
     def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return x ΔWᵀ."""
