@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from battery import adapter, batch, gaussian, linear, seeded
+from battery import adapter, batch, gaussian, linear, lora_sb, seeded
 from torch import nn
 
 from lowrank_ref.adapters import (
