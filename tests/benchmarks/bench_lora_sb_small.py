@@ -73,7 +73,7 @@ def start(
         return A, B.T @ step @ A.T, B
     A, R, B = update_approximation(step, r)
     if kind == "zero":
-        R = 1e-5 * torch.randn(r, r, generator=generator)
+        R = torch.zeros(r, r)
     if kind == "signs":
         R = R * (2 * torch.randint(2, (r, 1), generator=generator) - 1)
     return A, R, B
