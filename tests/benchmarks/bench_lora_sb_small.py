@@ -47,7 +47,7 @@ RANKS = (4, 8, 16)
 ARMS = {
     **{f"{name} r={r}": MIDDLE if r == 16 else HIGH for name in SB if "image" not in name for r in RANKS},
     **{f"{name} r={r}": MIDDLE if r == 16 else HIGH for name in SB if "image" in name for r in (8, 16)},
-    **{f"{name} r={r}": MIDDLE for name in FRAMES for r in RANKS},
+    **{f"{name} r={r}": HIGH if name[0] == "r" and r < 16 else MIDDLE for name in FRAMES for r in RANKS},
     **{f"LoRA, s = {s} r={r}": LOW for s in (0.5, 2, 8) for r in (1, 8)},
     "full, no biases": (0.001, 0.003, 0.01, 0.03, 0.1),
 }
