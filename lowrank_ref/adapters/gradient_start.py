@@ -58,15 +58,15 @@ def gradient_sums(
     """
     sums: dict[str, Tensor] = {}
 
-    def add(path: str, x: Tensor, dY: Tensor) -> None:
-        wide = torch.promote_types(dY.dtype, torch.float32)
+    def add(path: str, kept: list[Tensor], dY: Tensor) -> None:
+        x, wide = kept.pop(), torch.promote_types(dY.dtype, torch.float32)
         G = (dY.flatten(0, -2) if dY.ndim > 1 else dY[None]).to(wide).T @ x.reshape(-1, x.shape[-1]).to(wide)
         sums[path] = sums[path].add_(G.to(device)) if path in sums else G.to(device)
 
     def watch(path: str, layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
         if torch.is_grad_enabled():  # not in the first of two passes that activation checkpointing makes
             y = y if y.requires_grad else y.detach().requires_grad_().clone()
-            y.register_hook(partial(add, path, inputs[0].detach()))
+            y.register_hook(partial(add, path, [inputs[0].detach()]))  # a list, from which backward takes it: no longer
         return y
 
     handles = [layer.register_forward_hook(partial(watch, path)) for path, layer in layers.items()]
@@ -78,6 +78,7 @@ def gradient_sums(
                 loss = loss_fn(model, *batch)
                 if loss.requires_grad:
                     loss.backward()
+                del loss  # and its graph, before the next one grows
     finally:
         for handle in handles:
             handle.remove()
@@ -99,6 +100,7 @@ def start_lora_sb(
     rank: int,
     eta: float,
     at_once: int | None = None,
+    device: torch.device | str = "cpu",
     trainable: Pattern | None = None,
     generator: torch.Generator | None = None,
     **options: Any,
@@ -111,6 +113,7 @@ def start_lora_sb(
         rank: r >= 1; a smaller layer takes min(m, n).
         eta: η > 0, the size of the first step: the learning rate over the steps of its warm-up.
         at_once: how many layers' sums are kept at a time, each group with a gradient pass of its own; None keeps all.
+        device: where the sums are kept. On a GPU it saves the copies: there take as many at once as memory allows.
         generator: source of the sketches of large layers.
         options: scale, dropout of `LoRASBLinear`.
 
@@ -131,7 +134,7 @@ def start_lora_sb(
     batches, size, starts = list(batches), at_once or len(paths), {}
     for i in range(0, len(paths), size):
         group = {path: found[path] for path in paths[i : i + size]}
-        sums = gradient_sums(model, group, loss_fn, batches)
+        sums = gradient_sums(model, group, loss_fn, batches, device=device)
         for path, layer in group.items():
             step = first_step(sums.pop(path), eta).to(weight_of(layer).device)
             starts[id(layer)] = update_approximation(step, min(rank, *step.shape), generator)

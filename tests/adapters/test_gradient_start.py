@@ -190,6 +190,26 @@ def test_no_two_gradients_are_alive_together(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", spy)
     gradient_sums(model, linears(model), loss_fn, batches(4))
     assert len(made) == 28 and max(most) == 8
+    assert start_lora_sb(model, "0", loss_fn, batches(), rank=2, eta=0.1, device="cpu")[0].rank == 2
+
+
+def test_inputs_are_let_go_in_their_layers_turn():
+    """So a pass needs no more at once than one batch of training does."""
+    model, inputs, alive = network(), [], []
+
+    def watched(model, x, y):
+        handles = [
+            layer.register_forward_hook(lambda module, xs, y: inputs.append(weakref.ref(xs[0])))
+            for layer in (model[4], model[6])
+        ]
+        alive.append(sum(ref() is not None for ref in inputs))
+        loss = loss_fn(model, x, y)
+        for handle in handles:
+            handle.remove()
+        return loss
+
+    gradient_sums(model, linears(model), watched, batches(3))
+    assert alive == [0, 0, 0] and len(inputs) == 6
 
 
 def test_of_one_group_after_the_other_no_sum_is_left(monkeypatch):

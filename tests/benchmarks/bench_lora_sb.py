@@ -101,15 +101,19 @@ def main() -> None:
         for name, work in todo.items():
             if re.search(args.only, name):
                 runs.row({"method": name}, lambda work=work: measured(model(), work))
-        for at_once in (None, 42):
-            name = f"whole start, {'all layers' if at_once is None else f'{at_once} layers'} at once"
+        for at_once, device in ((None, "cpu"), (None, args.device), (42, args.device)):
+            where = "the CPU" if device == "cpu" else "the card"
+            name = f"whole start, sums on {where}, {'all' if at_once is None else at_once} layers at once"
             if re.search(args.only, name):
 
-                def whole(at_once: int | None = at_once) -> dict[str, Any]:
-                    started, begin = model(), time.perf_counter()
-                    start_lora_sb(started, ALL_LINEAR, loss_fn, batches, rank=rank, eta=1e-3, at_once=at_once)
+                def whole(at_once: int | None = at_once, device: str = device) -> dict[str, Any]:
+                    started, how = model(), {"rank": rank, "eta": 1e-3, "at_once": at_once, "device": device}
+                    gc.collect()
+                    reset_peak()
+                    before, begin = peak_mib(), time.perf_counter()
+                    start_lora_sb(started, ALL_LINEAR, loss_fn, batches, **how)
                     synchronize()
-                    return {"s": round(time.perf_counter() - begin, 2)}
+                    return {"s": round(time.perf_counter() - begin, 2), "extra_mib": round(peak_mib() - before)}
 
                 runs.row({"method": name}, whole)
     if "files" in args.part:

@@ -36,6 +36,7 @@ SB = {
     "LoRA-SB, signs drawn": (64, 1e-3, "signs"),
     "LoRA-SB, raw gradient": (64, 1e-3, "raw"),
     "LoRA-SB, η = 0.01": (64, 1e-2, "S"),
+    "LoRA-SB, η = 0.01, signs drawn": (64, 1e-2, "signs"),
     "LoRA-XS, no Σ, step projected": (64, 1e-3, "projected"),
     "LoRA-SB, 1 image": (1, 1e-3, "S"),
     "LoRA-SB, 8 images": (8, 1e-3, "S"),
