@@ -15,7 +15,7 @@ Fine-Tuning", arXiv 2411.19557v4. The form of the update is LoRA-XS's: Bałazy e
 Letters: A, B, R as in the papers; G is the gradient of the whole weight, η (`eta`) the first step of the warm-up.
 
 Deviations. The gradient pass runs in eval mode: the official code leaves dropout on. Frames and core are float32 or
-wider; the code rounds them to bfloat16, which costs their orthonormality 5e-4. η is an argument; the code divides the
+wider; the code rounds them to bfloat16, which costs their orthonormality 1e-3. η is an argument; the code divides the
 rate by a count of batches of the gradient pass, not of optimizer steps. The SVD is exact up to 1,024 rows or columns,
 else randomised with 10 directions and 4 iterations to spare (the code: none to spare, 10 iterations; LoRA-XS:
 scikit-learn's). R takes no weight decay: decay would take back the step that is built in.
