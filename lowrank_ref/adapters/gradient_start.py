@@ -66,7 +66,7 @@ def gradient_sums(
     def watch(path: str, layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
         if torch.is_grad_enabled():  # not in the first of two passes that activation checkpointing makes
             y = y if y.requires_grad else y.detach().requires_grad_().clone()
-            y.register_hook(partial(add, path, [inputs[0].detach()]))  # a list, from which backward takes it: no longer
+            y.register_hook(partial(add, path, [inputs[0].detach()]))  # in a list, for backward to take it out and drop
         return y
 
     handles = [layer.register_forward_hook(partial(watch, path)) for path, layer in layers.items()]

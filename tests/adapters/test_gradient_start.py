@@ -167,6 +167,19 @@ def test_the_gradient_is_that_of_an_adapters_update():
         torch.testing.assert_close(found[path][:, :m], other.get_submodule(path).R.grad, rtol=0, atol=1e-10)
 
 
+def test_pytorchs_encoder_calls_its_layers_in_the_pass_and_those_it_never_calls_are_named():
+    """In eval mode it would multiply with their weights itself, if it saw no hook."""
+    model = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, dtype=torch.float64)
+    loss = lambda m, x: m(x).pow(3).sum()  # noqa: E731
+    wanted, x = copy.deepcopy(model).eval(), gaussian(2, 4, 6)
+    loss(wanted, x).backward()
+    found = gradient_sums(model, {"linear1": model.linear1, "linear2": model.linear2}, loss, [(x,)])
+    assert_sums(found, {path: wanted.get_submodule(path).weight.grad for path in found}, 1e-10)
+    with pytest.raises(ValueError, match="layers: got no gradient for self_attn.out_proj, wanted"):
+        start_lora_sb(model, "", loss, [(x,)], rank=2, eta=0.1)
+    assert not list(adapters(model))
+
+
 def test_half_precision_is_summed_in_float32():
     model = network(torch.bfloat16)
     found = gradient_sums(model, linears(model), loss_fn, batches(dtype=torch.bfloat16))
