@@ -5,23 +5,29 @@ Papers:
     lora            W stays, a low-rank correction s·B·A is trained beside it
     svfit           the singular values of W trained, its singular vectors frozen
     randlora        a full-rank update out of frozen random bases and trained diagonals
+    lora_sb         a trained r x r core between frozen frames, taken from the first gradient
 
 Companions:
 
     dora_pissa      two relatives of LoRA that chapters use as baselines
     embedding_conv  LoRA on embeddings and convolutions
+    gradient_start  LoRA-SB's gradient pass, and the start of a whole model
     peft_format     exchange with huggingface/peft's folders
     randlora_bases  RandLoRA's frozen random matrices
-    singular_core   SVFit with an r × r matrix in place of its r values: a control, and LoRA-XS
+    singular_core   SVFit with an r × r matrix in place of its r values: a control
     singular_pairs  which singular vectors SVFit trains, and its controls
+    svd_frames      LoRA-XS: frames from the pretrained weight, and random ones
 """
 
 from lowrank_ref.adapters.dora_pissa import DoRALinear, PiSSALinear
 from lowrank_ref.adapters.embedding_conv import LoRAConv2d, LoRAEmbedding
+from lowrank_ref.adapters.gradient_start import start_lora_sb
 from lowrank_ref.adapters.lora import LoRALinear, lora_plus_groups, lora_scaling, rslora_scaling
+from lowrank_ref.adapters.lora_sb import LoRASBLinear
 from lowrank_ref.adapters.peft_format import load_peft, save_peft
 from lowrank_ref.adapters.randlora import RandLoRALinear
 from lowrank_ref.adapters.singular_core import SingularCoreLinear
+from lowrank_ref.adapters.svd_frames import LoRAXSLinear
 from lowrank_ref.adapters.svfit import SVFitLinear
 
 __all__ = [
@@ -29,6 +35,8 @@ __all__ = [
     "LoRAConv2d",
     "LoRAEmbedding",
     "LoRALinear",
+    "LoRASBLinear",
+    "LoRAXSLinear",
     "PiSSALinear",
     "RandLoRALinear",
     "SVFitLinear",
@@ -38,4 +46,5 @@ __all__ = [
     "lora_scaling",
     "rslora_scaling",
     "save_peft",
+    "start_lora_sb",
 ]

@@ -18,6 +18,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -198,15 +199,25 @@ class Comparison:
         grid = {arm: tuple(sorted({float(row["lr"]) for row in rows if row["method"] == arm})) for arm in arms}
         return cls([dict(row) for row in rows], grid, metric, maximize, dict(arms))
 
+    @cached_property
+    def _known(self) -> set[str]:
+        return {name for row in self.rows for name in row} - {"method", "lr", "seed", "error"}
+
+    @cached_property
+    def _runs(self) -> dict[tuple[str, float], list[dict[str, Any]]]:
+        """(method, lr) -> its rows: claims over thousands of stored rows ask for them again and again."""
+        found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        for row in self.rows:
+            found.setdefault((row["method"], row["lr"]), []).append(row)
+        return found
+
     def by_seed(self, method: str, lr: float, metric: str | None = None) -> dict[int, float]:
         """Return seed -> number; a diverged run is infinitely bad."""
         metric = metric or self.metric
-        known = {name for row in self.rows for name in row} - {"method", "lr", "seed", "error"}
-        if metric not in known:
-            raise ValueError(f"metric: got {metric!r}, wanted one of {sorted(known)}")
+        if metric not in self._known:
+            raise ValueError(f"metric: got {metric!r}, wanted one of {sorted(self._known)}")
         worst = -math.inf if self.maximize else math.inf
-        rows = [row for row in self.rows if row["method"] == method and row["lr"] == lr]
-        found = {row["seed"]: row.get(metric, math.nan) for row in rows}
+        found = {row["seed"]: row.get(metric, math.nan) for row in self._runs.get((method, lr), [])}
         return {seed: worst if math.isnan(value) else value for seed, value in found.items()}
 
     def values(self, method: str, lr: float, metric: str | None = None) -> list[float]:
