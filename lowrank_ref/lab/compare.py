@@ -212,12 +212,13 @@ class Comparison:
         return found
 
     def by_seed(self, method: str, lr: float, metric: str | None = None) -> dict[int, float]:
-        """Return seed -> number; a diverged run is infinitely bad."""
+        """Return seed -> number; a diverged run is infinitely bad, a run that did not record it is left out."""
         metric = metric or self.metric
         if metric not in self._known:
             raise ValueError(f"metric: got {metric!r}, wanted one of {sorted(self._known)}")
         worst = -math.inf if self.maximize else math.inf
-        found = {row["seed"]: row.get(metric, math.nan) for row in self._runs.get((method, lr), [])}
+        rows = self._runs.get((method, lr), [])
+        found = {row["seed"]: row.get(metric, math.nan) for row in rows if metric in row or "error" in row}
         return {seed: worst if math.isnan(value) else value for seed, value in found.items()}
 
     def values(self, method: str, lr: float, metric: str | None = None) -> list[float]:
@@ -363,7 +364,8 @@ class Comparison:
         """Return mean ± standard deviation over seeds at each arm's best learning rate: a row for every arm.
 
         Args:
-            columns: number -> digits after the point. A number that is the same for all seeds is shown without ±.
+            columns: number -> digits after the point. A number that is the same for all seeds is shown without ±, one
+                that an arm did not record as "-".
                 Default: the metric with three digits.
             lr: title of the last column; "(edge)" there marks a best rate at the end of its grid.
         """
@@ -443,12 +445,16 @@ def _read(path: Path, version: str) -> dict[Key, dict[str, Any]]:
 
 
 def _mean_sd(values: list[float]) -> tuple[float, float]:
+    if not values:
+        return math.nan, math.nan
     if not all(map(math.isfinite, values)):
         return max(values, key=abs), math.nan
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _cell(values: list[float], digits: int) -> str:
+    if not values:
+        return "-"
     mean, sd = _mean_sd(values)
     if not math.isfinite(mean):
         return "diverged"
