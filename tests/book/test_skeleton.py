@@ -27,7 +27,6 @@ LONGEST_READ = 25  # minutes
 #: Chapters that take longer than they may.
 TOO_LONG = [
     "adapters/lora",
-    "lowbit/hgf",
     "adapters/randlora",
     "analysis/artificial_entanglement",
     "compression/maestro",
