@@ -122,10 +122,10 @@ def lora_linear(
     dtype = computing_dtype(x)
     if W.dtype == dtype and x.numel() < FEW:
         x = x.to(dtype)
-        return torch.add(F.linear(x, W, bias), F.linear(F.linear(x, A.to(dtype)), B.to(dtype)), alpha=scale)
+        return F.linear(x, W, bias) + F.linear(scale * F.linear(x, A.to(dtype)), B.to(dtype))
     rounds = dtype.itemsize < W.dtype.itemsize and A.dtype == B.dtype == W.dtype
     if rounds and through_weight(x.numel() // x.shape[-1], A.shape[0], *W.shape):
-        return F.linear(x, torch.add(W, B @ A, alpha=scale), bias)
+        return F.linear(x, W + (scale * B) @ A, bias)  # inductor loses the alpha of add(W, B @ A, alpha=scale)
     return cast(Tensor, _LoRALinear.apply(x, W, bias, A, B, scale, dtype))
 
 

@@ -26,7 +26,6 @@ LONGEST_CAPTION = 65
 LONGEST_READ = 25  # minutes
 #: Chapters that take longer than they may.
 TOO_LONG = [
-    "lowbit/hgf",
     "adapters/randlora",
     "analysis/artificial_entanglement",
     "optimizers/galore",
