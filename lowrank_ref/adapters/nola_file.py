@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowrank_ref.adapters.nola import NOLALinear
 from lowrank_ref.adapters.nola_bases import check_recipe
 from lowrank_ref.adapters.nola_bits import pack, quantize, unpack
-from lowrank_ref.core.io import layer_cards, load_tensors, plain_path, save_tensors
+from lowrank_ref.core.io import layer_cards, load_tensors, mismatches, plain_path, refuse, save_tensors
 from lowrank_ref.core.layers import adapters
 
 
@@ -27,12 +27,18 @@ def _layers(model: nn.Module) -> list[NOLALinear]:
     return [cast(NOLALinear, found[path]) for path in sorted(found)]
 
 
-def _card(model: nn.Module) -> Tensor:
-    """Return the SHA-256 of what the layers are, 32 bytes."""
-    counts = [[len(layer.alpha), len(layer.beta)] for layer in _layers(model)]
-    cards = [{k: v for k, v in card.items() if k != "bits"} for card in layer_cards(model).values()]
-    text = json.dumps([sorted(layer_cards(model)), cards, counts], sort_keys=True)
-    return torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+def _tensors(model: nn.Module, layers: list[NOLALinear], coefficients: list[Tensor], bits: int) -> dict[str, Tensor]:
+    """Return what a file of the model holds. Its card is the SHA-256 of paths, shapes and settings of all layers."""
+    coded = [quantize(c, bits) for c in coefficients]
+    cards = {path: {k: v for k, v in card.items() if k != "bits"} for path, card in layer_cards(model).items()}
+    text = json.dumps([cards, [len(c) for c in coefficients]], sort_keys=True)
+    return {
+        "bits": torch.tensor(bits),
+        "card": torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8),
+        "codes": pack(torch.cat([codes for codes, _ in coded]), bits),
+        "recipes": torch.stack([layer.recipe.cpu() for layer in layers]),
+        "steps": torch.stack([step for _, step in coded]),
+    }
 
 
 def save_packed(model: nn.Module, path: str | Path, bits: int = 4) -> None:
@@ -47,15 +53,8 @@ def save_packed(model: nn.Module, path: str | Path, bits: int = 4) -> None:
         TypeError, ValueError: bits out of range, another adapter or none, a coefficient that is not finite.
     """
     layers = _layers(model)
-    pairs = [quantize(c.detach().cpu(), bits) for layer in layers for c in (layer.alpha, layer.beta)]
-    tensors = {
-        "bits": torch.tensor(bits),
-        "card": _card(model),
-        "codes": pack(torch.cat([codes for codes, _ in pairs]), bits),
-        "recipes": torch.stack([layer.recipe for layer in layers]),
-        "steps": torch.stack([step for _, step in pairs]),
-    }
-    save_tensors(tensors, path, kind="nola")
+    coefficients = [c.detach().cpu() for layer in layers for c in (layer.alpha, layer.beta)]
+    save_tensors(_tensors(model, layers, coefficients, bits), path, kind="nola")
 
 
 @torch.no_grad()
@@ -68,13 +67,18 @@ def load_packed(model: nn.Module, path: str | Path) -> None:
             seeds do not draw here.
     """
     layers, file = _layers(model), load_tensors(path, kind="nola")
-    if not torch.equal(file["card"], _card(model)):
-        raise ValueError(f"path: got {path}, of layers with other paths, shapes or settings, wanted those of the model")
+    bits = int(file["bits"]) if file.get("bits") is not None and file["bits"].ndim == 0 else 0
+    if not 2 <= bits <= 8:
+        raise ValueError(f"path: got {path} of {bits} bits, wanted a file of save_packed()")
     coefficients = [c for layer in layers for c in (layer.alpha, layer.beta)]
-    sizes = [len(c) for c in coefficients]
-    codes = unpack(file["codes"], int(file["bits"]), sum(sizes)).split(sizes)
+    wanted = _tensors(model, layers, [torch.zeros_like(c, device="cpu") for c in coefficients], bits)
+    if not torch.equal(file.get("card", torch.empty(0)), wanted["card"]):
+        raise ValueError(f"path: got {path}, of layers with other paths, shapes or settings, wanted those of the model")
+    refuse(path, mismatches(file, wanted))
     for recipe in file["recipes"]:
         check_recipe(recipe, f"{path}: ")
+    sizes = [len(c) for c in coefficients]
+    codes = unpack(file["codes"], bits, sum(sizes)).split(sizes)
     for c, code, step in zip(coefficients, codes, file["steps"], strict=True):
         c.copy_(code * step)
     for layer, recipe in zip(layers, file["recipes"], strict=True):
