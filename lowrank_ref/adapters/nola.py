@@ -137,7 +137,7 @@ class NOLALinear(AdaptedLinear):
         check_rank(rank, W.shape)
         pair = bases if isinstance(bases, tuple) and len(bases) == 2 else (bases, bases)
         for count in pair:
-            check_integer("bases", cast(int, count), low=1)
+            check_integer("bases", count, low=1)
         check_number("scale", scale, low=0, open_low=True)
         check_number("dropout", dropout, low=0, high=1 - 1e-9)
         if bits is not None:
@@ -150,7 +150,7 @@ class NOLALinear(AdaptedLinear):
         self.dropout = nn.Dropout(dropout).train(base.training)
         self.register_buffer("recipe", make_recipe(generator).to(W.device))
         dtype = torch.promote_types(W.dtype, torch.float32)
-        alpha, beta = init_coefficients(cast(tuple[int, int], pair), start, dtype, generator)
+        alpha, beta = init_coefficients(pair, start, dtype, generator)
         self.alpha, self.beta = nn.Parameter(alpha.to(W.device)), nn.Parameter(beta.to(W.device))
 
     def factors(self) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]:

@@ -23,8 +23,11 @@ BLOCK = {"cpu": 2**16}
 GPU_BLOCK = 2**21
 
 
-def _mixed(z: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
-    """Return SplitMix64's output function of each word. The masks make `>>` shift in zeros."""
+def _word(seed: Int64[Tensor, ""], place: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """Return SplitMix64's word at each place >= 1. The masks of the lines below make `>>` shift in zeros."""
+    z = (
+        place & (2**63 - 1)
+    ) * STEP + seed  # `&` changes nothing, but has inductor multiply 64-bit numbers, not its own
     z = (z ^ ((z >> 30) & (2**34 - 1))) * FIRST
     z = (z ^ ((z >> 27) & (2**37 - 1))) * SECOND
     return z ^ ((z >> 31) & (2**33 - 1))
@@ -35,8 +38,8 @@ def words(seed: Int64[Tensor, ""], stream: int, start: int, count: int) -> Int64
 
     Each stream is a SplitMix64 whose seed is word number `stream` of the one that `seed` starts.
     """
-    own = _mixed(seed.new_full((), stream + 1) * STEP + seed)  # Python's product would not fit 64 bits
-    return _mixed(torch.arange(start + 1, start + count + 1, device=seed.device) * STEP + own)
+    own = _word(seed, seed.new_full((), stream + 1))
+    return _word(own, torch.arange(start + 1, start + count + 1, device=seed.device))
 
 
 def uniform(

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from lowrank_ref.adapters.nola import combine
 from lowrank_ref.adapters.nola_bases import (
-    STEP,
-    _mixed,
+    _word,
     check_recipe,
     draw_bases,
     make_recipe,
@@ -48,8 +47,9 @@ def test_words_are_those_of_splitmix(seed, stream, start, count):
 
 
 def test_the_mask_shifts_in_zeros():
-    z = torch.tensor([-1, -(2**63), 5])
-    assert [int(w) & MASK for w in _mixed(z + STEP)] == [splitmix(int(v) & MASK, 1)[0] for v in z]
+    for seed in (-1, -(2**63), 5):
+        got = _word(torch.tensor(seed), torch.arange(1, 4))
+        assert [int(w) & MASK for w in got] == splitmix(seed & MASK, 3)
 
 
 def test_numbers_are_uniform_and_independent():
