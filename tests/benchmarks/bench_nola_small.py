@@ -5,7 +5,7 @@
 turned: digits turned by 90 degrees. NOLA with 16 to 128 bases at ranks 1 to 8, and what else costs so little.
 negative: the same images with light and dark exchanged, the main arms.
 
-Every arm has six rates and five seeds. After training, coefficients (of LoRA: A and B) are also rounded to 8, 4, 3 and
+Every arm has seven rates and five seeds. After training, coefficients (of LoRA: A and B) are also rounded to 8, 4, 3 and
 2 bits, one step for each vector or matrix.
 """
 
@@ -30,10 +30,10 @@ from lowrank_ref.lab.train import linear_decay, train
 SEEDS = (0, 1, 2, 3, 4)
 BITS = (8, 4, 3, 2)
 RATES = {
-    "NOLA": (0.025, 0.05, 0.1, 0.2, 0.4, 0.8),
-    "LoRA": (0.0075, 0.015, 0.03, 0.06, 0.12, 0.24),
-    "random": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
-    "biases": (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4),
+    "NOLA": (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8),
+    "LoRA": (0.00375, 0.0075, 0.015, 0.03, 0.06, 0.12, 0.24),
+    "random": (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+    "biases": (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8),
 }
 #: Main arms, run on both tasks.
 MAIN = (
