@@ -11,6 +11,7 @@
 validation data, and those that are reported, on test data. The runs go to a few processes with one thread each.
 """
 
+import functools
 import json
 import math
 import os
@@ -201,13 +202,20 @@ class Comparison:
     def by_seed(self, method: str, lr: float, metric: str | None = None) -> dict[int, float]:
         """Return seed -> number; a diverged run is infinitely bad."""
         metric = metric or self.metric
-        known = {name for row in self.rows for name in row} - {"method", "lr", "seed", "error"}
+        known, runs = self._index
         if metric not in known:
             raise ValueError(f"metric: got {metric!r}, wanted one of {sorted(known)}")
         worst = -math.inf if self.maximize else math.inf
-        rows = [row for row in self.rows if row["method"] == method and row["lr"] == lr]
-        found = {row["seed"]: row.get(metric, math.nan) for row in rows}
+        found = {row["seed"]: row.get(metric, math.nan) for row in runs.get((method, lr), ())}
         return {seed: worst if math.isnan(value) else value for seed, value in found.items()}
+
+    @functools.cached_property
+    def _index(self) -> tuple[set[str], dict[tuple[str, float], list[dict[str, Any]]]]:
+        """Names of the numbers, and (method, lr) -> its rows: a stored comparison has a thousand of them."""
+        runs: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        for row in self.rows:
+            runs.setdefault((row["method"], row["lr"]), []).append(row)
+        return {name for row in self.rows for name in row} - {"method", "lr", "seed", "error"}, runs
 
     def values(self, method: str, lr: float, metric: str | None = None) -> list[float]:
         """Return one number per seed; a diverged run is infinitely bad."""
@@ -288,8 +296,7 @@ class Comparison:
         return self.arms[method]
 
     def _count(self, method: str, lr: float, name: str) -> str:
-        rows = [row for row in self.rows if row["method"] == method and row["lr"] == lr]
-        found = {int(row[name]) for row in rows if name in row}
+        found = {int(row[name]) for row in self._index[1].get((method, lr), ()) if name in row}
         return " or ".join(f"{count:,}" for count in sorted(found)) or "-"
 
     def differing(self, a: str, b: str) -> dict[str, tuple[str, str]]:
