@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 #: SplitMix64's three constants, as signed numbers.
 STEP, FIRST, SECOND = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-#: How many numbers are drawn together: what a core's cache holds, or what fills a GPU.
+#: How many numbers are drawn together on a CPU, whose cache holds them; a GPU wants more to do at once.
 BLOCK = {"cpu": 2**16}
 GPU_BLOCK = 2**21
 
