@@ -50,6 +50,7 @@ COUNTS = {
     "DoRALinear": lambda m, n: 8 * (m + n) + m,
     "PiSSALinear": lambda m, n: 8 * (m + n),
     "MPSLinear": lambda m, n: 8 * m + 8 * 3 * 4 + 4 * 4,  # n = 12 = 3·4
+    "NOLALinear": lambda m, n: 64 + 64,
     "RandLoRALinear": lambda m, n: -(-min(m, n) // 8) * (8 + min(m, n)),
     "SoRALinear": lambda m, n: 8 * (m + n + 1),
     "SVFitLinear": lambda m, n: min(m, n),

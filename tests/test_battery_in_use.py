@@ -173,7 +173,7 @@ def test_what_lies_between_two_factors_does_not_overflow_float16(name):
     """The input and the result are far from the largest number, 65,504."""
     layer = adapter(name, base=linear(torch.float16)).eval()
     with torch.no_grad():
-        scaled = {"lam": 1e4, "gamma": 1e-4, "A": 1e4, "B": 1e-4, "G1": 1e4}
+        scaled = {"lam": 1e4, "gamma": 1e-4, "A": 1e4, "B": 1e-4, "G1": 1e4, "alpha": 1e4, "beta": 1e-4}
         for key, p in layer.adapter_parameters().items():
             p.mul_(scaled.get(key, 1))
         for key, p in layer.named_buffers():

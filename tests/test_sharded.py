@@ -15,7 +15,15 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lowrank_ref.adapters import DoRALinear, LoRALinear, LoRAXSLinear, PiSSALinear, RandLoRALinear, SVFitLinear
+from lowrank_ref.adapters import (
+    DoRALinear,
+    LoRALinear,
+    LoRAXSLinear,
+    NOLALinear,
+    PiSSALinear,
+    RandLoRALinear,
+    SVFitLinear,
+)
 from lowrank_ref.analysis import MPSLinear
 from lowrank_ref.compression import MaestroLinear
 from lowrank_ref.core.layers import replace_linears
@@ -71,6 +79,7 @@ CASES = {
     "SoRA": (lambda: with_layer(partial(SoRALinear, rank=4, generator=seeded(1))), adam),
     "MPS": (lambda: with_layer(partial(MPSLinear, generator=seeded(1))), adam),
     "Maestro": (lambda: with_layer(MaestroLinear.from_linear), adam),
+    "NOLA": (lambda: with_layer(partial(NOLALinear, rank=4, generator=seeded(1))), adam),
     "RandLoRA": (lambda: with_layer(partial(RandLoRALinear, rank=4, generator=seeded(1))), adam),
     "RandLoRA, fused": (lambda: with_layer(partial(RandLoRALinear, rank=4, fused=True, generator=seeded(1))), adam),
     "SLTrain": (

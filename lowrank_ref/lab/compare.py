@@ -300,8 +300,7 @@ class Comparison:
         return self.arms[method]
 
     def _count(self, method: str, lr: float, name: str) -> str:
-        rows = [row for row in self.rows if row["method"] == method and row["lr"] == lr]
-        found = {int(row[name]) for row in rows if name in row}
+        found = {int(row[name]) for row in self._index[1].get((method, lr), ()) if name in row}
         return " or ".join(f"{count:,}" for count in sorted(found)) or "-"
 
     def differing(self, a: str, b: str) -> dict[str, tuple[str, str]]:
