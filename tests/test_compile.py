@@ -179,3 +179,9 @@ INDUCTOR = {
 def test_inductor(name):
     """The default compiler, which makes code of its own: equal up to rounding."""
     assert_equal_runs(moved(INDUCTOR[name]()), batch(0, torch.float32), backend="inductor", tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_inductor_under_autocast_with_a_large_rank():
+    layer, x = moved(LoRALinear(nn.Linear(40, 48), 8, alpha=20, generator=seeded())), gaussian(100, 40).float()
+    assert_equal_runs(layer, x, backend="inductor", autocast=True, tolerance=0.01)

@@ -36,12 +36,14 @@ from lowrank_ref.core.registry import PaperInfo
 
 
 def lora_scaling(alpha: float, rank: int) -> float:
-    """Return s = α/r, the scale of LoRA (section 4.1)."""
+    """Return s = α/r, the scale of LoRA (section 4.1). α <= 0 raises a ValueError."""
+    check_number("alpha", alpha, low=0, open_low=True)
     return alpha / rank
 
 
 def rslora_scaling(alpha: float, rank: int) -> float:
     """Return s = α/√r, the scale of rsLoRA: output and gradient keep their size when r grows (arXiv 2312.03732)."""
+    check_number("alpha", alpha, low=0, open_low=True)
     return alpha / math.sqrt(rank)
 
 

@@ -20,7 +20,7 @@ product up to cut k, the rows of the state there; p its squared Schmidt values, 
 Reconstructed, since we know of no official code and the text leaves it open: the order of the sites (digits of the row
 index, most significant first, then those of the column index; primes rising), and the depth of a valley. Any size
 works: a large prime factor is one large site. `pad_to_binary` is the other way out, where shapes must be compared.
-The Page value is that of complex states; weights are real, and theirs is lower by about 1/n.
+The Page value is that of complex states; weights are real, and theirs is lower, by less than 1/(2n).
 
 Cost: one float64 eigenvalue problem per cut, of size min(D_k, mn/D_k) <= √(mn); nearly all of it at the middle cuts.
 The exponential of S at the row|column cut is an effective rank of W, with squared singular values.

@@ -122,10 +122,11 @@ def lora_linear(
     dtype = computing_dtype(x)
     if W.dtype == dtype and x.numel() < FEW:
         x = x.to(dtype)
-        return F.linear(x, W, bias) + F.linear(scale * F.linear(x, A.to(dtype)), B.to(dtype))
+        return F.linear(x, W, bias) + F.linear(F.linear(x, A.to(dtype)) * scale, B.to(dtype))
     rounds = dtype.itemsize < W.dtype.itemsize and A.dtype == B.dtype == W.dtype
     if rounds and through_weight(x.numel() // x.shape[-1], A.shape[0], *W.shape):
-        return F.linear(x, W + (scale * B) @ A, bias)  # inductor loses the alpha of add(W, B @ A, alpha=scale)
+        B = B if scale == 1 else scale * B  # not `alpha=` of add: inductor of PyTorch 2.13 loses it beside a product
+        return F.linear(x, W + B @ A, bias)
     return cast(Tensor, _LoRALinear.apply(x, W, bias, A, B, scale, dtype))
 
 

@@ -61,12 +61,13 @@ def init_factors(
 
 
 def gate_penalty(gates: Float[Tensor, " layers"], strength: float = 1e-5) -> Float[Tensor, ""]:
-    """Return λ Σ abs g, to be added to the loss [choice]. Gates that are held get no gradient from it.
+    """Return λ Σ abs g, λ >= 0, to be added to the loss [choice]. Gates that are held get no gradient from it.
 
     Adam divides a gradient by its size: λ need only outweigh what the loss asks of a gate to close it. λ = 1e-3 closed
     those of a 25 M model within 200 steps, and of a LLaMA of width 64 (every abs g < 0.001 but one, 0.02); there 1e-4
     closed one or two of six, and at 1e-5 all ended between 0.04 and 0.33, as without a penalty (0.04 to 0.36).
     """
+    check_number("strength", strength, low=0)
     return strength * gates.abs().sum()
 
 

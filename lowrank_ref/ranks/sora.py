@@ -165,6 +165,7 @@ def kept_ranks(model: nn.Module) -> dict[str, int]:
 
 def gate_groups(model: nn.Module, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Return two optimizer groups: every other trained parameter with `weight_decay`, and the gates without."""
+    check_number("weight_decay", weight_decay, low=0)
     own = {id(g): g for g in gates(model).values()}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     return [{"params": rest, "weight_decay": weight_decay}, {"params": list(own.values()), "weight_decay": 0.0}]

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from lowrank_ref.core.checks import check_number
 from lowrank_ref.robustness.r_mtgb import (
     CROSS_ENTROPY,
     SQUARED,
@@ -104,9 +105,10 @@ class _RMTGB(BaseEstimator):
     def _check_settings(self) -> None:
         for name in ("shared_rounds", "gated_rounds", "task_rounds"):
             check_scalar(getattr(self, name), name, Integral, min_val=0)
-        check_scalar(self.learning_rate, "learning_rate", Real, min_val=0, include_boundaries="neither")
-        if self.gate_learning_rate is not None:
-            check_scalar(self.gate_learning_rate, "gate_learning_rate", Real, min_val=0, include_boundaries="neither")
+        for name in ("learning_rate", "gate_learning_rate"):
+            if (rate := getattr(self, name)) is not None or name == "learning_rate":
+                check_scalar(rate, name, Real, min_val=0, include_boundaries="neither")
+                check_number(name, float(rate), low=0, open_low=True)  # NaN and infinity pass the line above
         check_scalar(self.gate_l2, "gate_l2", Real, min_val=0)
         check_scalar(self.max_leaf_nodes, "max_leaf_nodes", Integral, min_val=2)
         if self.task_column is not None:

@@ -712,3 +712,17 @@ def test_two_processes_under_ddp_equal_one_on_the_whole_batch(tmp_path):
     for key, value in single.items():
         assert torch.equal(first[key], second[key])
         close(first[key], value, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1.0])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_float16_weights_take_the_steps_of_float32_ones(rank, size):
+    """Moments in float16 would vanish below 6e-8, and the step would be divided by eps alone."""
+    ends, options = [], {} if rank is None else {"rank": rank, "scale": 1.0}
+    for dtype in (torch.float16, torch.float32):
+        gradients = [(size * randoms(8, 6, seed=t).float()).half().to(dtype) for t in range(20)]
+        path, optimizer = follow(GaLoreAdamW, randoms(8, 6).half().to(dtype), gradients, lr=0.01, eps=1e-12, **options)
+        (state,) = optimizer.state.values()
+        assert path[-1].dtype == dtype and state["M"].dtype == state["V"].dtype == torch.float32
+        ends.append(path[-1].float())
+    assert (ends[0] - ends[1]).abs().max() < 0.02 < (ends[1] - randoms(8, 6).float()).abs().max()

@@ -1,0 +1,109 @@
+"""Strengths, thresholds, rates and radii that are negative, NaN or infinite: a ValueError that names the argument.
+
+A public function or class of a part that has an argument of one of these names and is not in the table fails here.
+"""
+
+import importlib
+import inspect
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank_ref import adapters, analysis, compression, lowbit, optimizers, pretraining, ranks, robustness
+from lowrank_ref.core.registry import PARTS
+
+NAMES = {
+    "strength",
+    "penalty",
+    "threshold",
+    "temperature",
+    "weight_decay",
+    "epsilon",
+    "beta",
+    "decay",
+    "clip",
+    "gate_l2",
+}
+NAMES |= {"density", "sparsity", "lr", "learning_rate", "gate_learning_rate", "ratio", "dropout", "alpha"}
+
+
+def weights():
+    return [nn.Parameter(torch.ones(4, 4))]
+
+
+def gated():
+    return nn.Sequential(ranks.SoRALinear(nn.Linear(4, 4), 2))
+
+
+def attack(function, **options):
+    x, y = torch.full((2, 4), 0.5), torch.tensor([0, 1])
+    return function(nn.Linear(4, 2), x, y, **{"norm": math.inf, "epsilon": 0.1} | options)
+
+
+def fitted(**options):
+    X, y = torch.arange(24.0).reshape(12, 2).numpy(), torch.arange(12).remainder(2).numpy()
+    return robustness.RMTGBClassifier(gated_rounds=1, task_rounds=1, **options).fit(X, y, tasks=[0, 1] * 6)
+
+
+def optimizer(kind):
+    return lambda **options: kind(weights(), **options)
+
+
+CALLS = {
+    ("adapters", "DoRALinear"): lambda **k: adapters.DoRALinear(nn.Linear(4, 4), 2, **k),
+    ("adapters", "LoRAConv2d"): lambda **k: adapters.LoRAConv2d(nn.Conv2d(4, 4, 1), 2, **k),
+    ("adapters", "LoRAEmbedding"): lambda **k: adapters.LoRAEmbedding(nn.Embedding(4, 4), 2, **k),
+    ("adapters", "LoRALinear"): lambda **k: adapters.LoRALinear(nn.Linear(4, 4), 2, **k),
+    ("adapters", "PiSSALinear"): lambda **k: adapters.PiSSALinear(nn.Linear(4, 4), 2, **k),
+    ("adapters", "RandLoRALinear"): lambda **k: adapters.RandLoRALinear(nn.Linear(4, 4), 2, **k),
+    ("adapters", "lora_scaling"): lambda **k: adapters.lora_scaling(rank=2, **k),
+    ("adapters", "rslora_scaling"): lambda **k: adapters.rslora_scaling(rank=2, **k),
+    ("analysis", "marchenko_pastur_density"): lambda **k: analysis.marchenko_pastur_density(torch.ones(2), **k),
+    ("adapters", "lora_plus_groups"): lambda **k: adapters.lora_plus_groups(gated(), **{"lr": 0.1} | k),
+    ("compression", "RankShrinker"): lambda **k: compression.RankShrinker(
+        nn.Sequential(compression.MaestroLinear.from_linear(nn.Linear(4, 4))), every=1, **k
+    ),
+    ("lowbit", "gate_penalty"): lambda **k: lowbit.gate_penalty(torch.ones(3), **k),
+    ("optimizers", "GaLoreAdafactor"): optimizer(optimizers.GaLoreAdafactor),
+    ("optimizers", "GaLoreAdamW"): optimizer(optimizers.GaLoreAdamW),
+    ("optimizers", "GaLoreAdamW8bit"): optimizer(optimizers.GaLoreAdamW8bit),
+    ("optimizers", "GaLoreSGD"): optimizer(optimizers.GaLoreSGD),
+    ("pretraining", "SLTrainLinear"): lambda **k: pretraining.SLTrainLinear(4, 4, rank=2, **k),
+    ("ranks", "ProximalGates"): lambda **k: ranks.ProximalGates(gated(), torch.optim.SGD(weights(), 0.1), **k),
+    ("ranks", "SoRALinear"): lambda **k: ranks.SoRALinear(nn.Linear(4, 4), 2, **k),
+    ("ranks", "gate_groups"): lambda **k: ranks.gate_groups(gated(), **k),
+    ("ranks", "soft_threshold"): lambda **k: ranks.soft_threshold(torch.ones(3), **k),
+    ("robustness", "GradientProjection"): lambda **k: robustness.GradientProjection(
+        nn.Linear(2, 2), nn.Linear(2, 2), **k
+    ),
+    ("robustness", "RMTGBClassifier"): fitted,
+    ("robustness", "RMTGBRegressor"): fitted,
+    ("robustness", "apgd"): lambda **k: attack(robustness.apgd, **k),
+    ("robustness", "pgd"): lambda **k: attack(robustness.pgd, **k),
+    ("robustness", "project"): lambda **k: robustness.project(torch.ones(2, 4), torch.ones(2, 4), norm=2, **k),
+    ("robustness", "random_start"): lambda **k: robustness.random_start(torch.ones(2, 4), norm=2, **k),
+}
+
+
+def found():
+    """(part, name, argument) of everything public that has such an argument."""
+    for part in PARTS:
+        package = importlib.import_module(f"lowrank_ref.{part}")
+        for name in package.__all__:
+            thing = getattr(package, name)
+            if callable(thing):
+                try:
+                    arguments = inspect.signature(thing).parameters
+                except ValueError:
+                    continue
+                yield from ((part, name, argument) for argument in arguments if argument in NAMES)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("part, name, argument", sorted(found()))
+def test_a_number_that_means_nothing_is_refused(part, name, argument, value):
+    assert (part, name) in CALLS, f"{part}.{name} has an argument {argument}: say in CALLS how it is called"
+    with pytest.raises(ValueError, match=argument):
+        CALLS[part, name](**{argument: value})
