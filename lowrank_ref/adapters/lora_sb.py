@@ -117,6 +117,15 @@ class LoRASBLinear(AdaptedLinear):
 
     Raises:
         TypeError, ValueError: base is no floating-point linear layer; A, R, B do not fit; an argument out of range.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_ref.adapters import LoRASBLinear
+        >>> from lowrank_ref.adapters.lora_sb import first_step, update_approximation
+        >>> base, gradient = torch.nn.Linear(6, 4), torch.randn(4, 6)
+        >>> layer = LoRASBLinear(base, *update_approximation(first_step(gradient, 0.1), 2))
+        >>> [tuple(p.shape) for p in layer.adapter_parameters().values()]
+        [(2, 2)]
     """
 
     adapter_names: tuple[str, ...] = ("R",)

@@ -112,6 +112,8 @@ class NOLALinear(AdaptedLinear):
         TypeError, ValueError: base is no floating-point linear layer; an argument out of range.
 
     Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.adapters import NOLALinear
         >>> layer = NOLALinear(nn.Linear(64, 64), rank=8, bases=16)
         >>> sum(p.numel() for p in layer.adapter_parameters().values()), layer.lora_factors()[0].shape
         (32, torch.Size([8, 64]))

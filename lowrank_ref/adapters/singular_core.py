@@ -33,6 +33,13 @@ class SingularCoreLinear(SVFitLinear):
 
     Same arguments as `SVFitLinear`, of which `rank` is best given: r² numbers train. "multiplicative" trains R of
     M = R diag(S).
+
+    Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.adapters import SingularCoreLinear
+        >>> layer = SingularCoreLinear(nn.Linear(6, 4), rank=2)
+        >>> tuple(layer.delta.shape), layer.delta_weight().abs().max().item()
+        ((2, 2), 0.0)
     """
 
     adapter_names = ("delta",)

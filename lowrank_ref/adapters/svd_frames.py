@@ -61,6 +61,8 @@ class LoRAXSLinear(LoRASBLinear):
         generator: source of R, and of random frames.
 
     Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.adapters import LoRAXSLinear
         >>> layer = LoRAXSLinear(nn.Linear(64, 64), rank=4)
         >>> sum(p.numel() for p in layer.adapter_parameters().values())
         16

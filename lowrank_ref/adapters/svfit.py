@@ -130,6 +130,8 @@ class SVFitLinear(AdaptedLinear):
             range.
 
     Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.adapters import SVFitLinear
         >>> layer = SVFitLinear(nn.Linear(6, 4))
         >>> layer.delta.shape, layer.delta_weight().abs().max().item()
         (torch.Size([4]), 0.0)
