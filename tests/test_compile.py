@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from battery import adapter, batch, gaussian, linear, seeded
+from battery import adapter, batch, gaussian, linear, lora_sb, seeded
 from torch import nn
 
 from lowrank_ref.adapters import (
@@ -16,6 +16,7 @@ from lowrank_ref.adapters import (
     LoRAConv2d,
     LoRAEmbedding,
     LoRALinear,
+    NOLALinear,
     PiSSALinear,
     RandLoRALinear,
     rslora_scaling,
@@ -52,6 +53,8 @@ CASES = {
     "LoRA in bfloat16": lambda: (LoRALinear(linear(torch.bfloat16), 4, generator=seeded()), batch(0, torch.bfloat16)),
     "embedding": lambda: (LoRAEmbedding(nn.Embedding(9, 6).double(), 2, generator=seeded()), torch.tensor([[1, 8]])),
     "convolution": lambda: (LoRAConv2d(CONV(), 2, generator=seeded()), gaussian(2, 2, 6, 6)),
+    "NOLA, rounded": lambda: (NOLALinear(linear(), 4, bits=4, start="random", generator=seeded()), batch(0)),
+    "NOLA, kept": lambda: (NOLALinear(linear(), 4, keep=True, generator=seeded()), batch(0)),
     "RandLoRA through ΔW": lambda: (RandLoRALinear(linear(), 4, generator=seeded()), batch(0, rows=100)),
     "RandLoRA, fused": lambda: (RandLoRALinear(linear(), 4, fused=True, generator=seeded()), batch(0)),
     "Maestro convolution": lambda: (MaestroConv2d.from_conv2d(CONV()), gaussian(2, 2, 6, 6)),
@@ -61,6 +64,8 @@ LINEAR = {
     "DoRA": partial(DoRALinear, rank=4),
     "PiSSA": partial(PiSSALinear, rank=4),
     "SoRA": partial(SoRALinear, rank=4),
+    "LoRA-SB": partial(lora_sb, rank=4),
+    "NOLA": partial(NOLALinear, rank=4),
     "RandLoRA": partial(RandLoRALinear, rank=4),
     "RandLoRA, fused": partial(RandLoRALinear, rank=4, fused=True),
 }
@@ -98,7 +103,7 @@ def test_under_autocast(name):
     assert_equal_runs(layer, batch(0, torch.float32, rows=100), autocast=True)
 
 
-@pytest.mark.parametrize("name", ["LoRA", "DoRA", "RandLoRA, fused"])
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "NOLA", "RandLoRA, fused"])
 def test_one_graph_for_every_batch_size(name):
     layer = moved(LINEAR[name](linear(), generator=seeded()))
     layer(batch(0, rows=3))  # the first eager call of a DoRA layer looks at its start, once
@@ -160,6 +165,7 @@ def test_a_whole_language_model():
 INDUCTOR = {
     "LoRA": lambda: adapter("LoRALinear", base=linear(torch.float32)),
     "DoRA": lambda: adapter("DoRALinear", base=linear(torch.float32)),
+    "NOLA": lambda: adapter("NOLALinear", base=linear(torch.float32)),
     "RandLoRA, fused": lambda: RandLoRALinear(linear(torch.float32), 4, fused=True, generator=seeded()),
     "SLTrain": lambda: SLTrainLinear.from_linear(linear(torch.float32), rank=4, density=0.2, generator=seeded()),
     "BitLinear": lambda: BitLinear(linear(torch.float32)),

@@ -1,8 +1,9 @@
 """Tables made from the registry and from the chapters' own outputs.
 
-`{chooser}`: when to use which method. `{claims}`: every claim of every chapter.
-`{status}`: all planned papers. `{reading}`: what to read before what.
-`{scaling}`: steps on one and on two devices, if they have been measured.
+`{chooser}`: when to use which method. `{rates}`: learning rates that were best.
+`{claims}`: every claim of every chapter. `{status}`: all planned papers.
+`{reading}`: what to read before what. `{scaling}`: steps on one and on two devices, if
+they have been measured.
 """
 
 import functools
@@ -34,6 +35,32 @@ COLUMNS = [
 
 #: What a verdict is called in a count.
 SHORT = dict(zip(VERDICTS, ("held", "in part", "not confirmed", "open")))
+
+#: Where each method's rates were tried: results file, part, the number that decides,
+#: the method's arm, the plain baseline's arm, and what it was.
+SWEEPS = {
+    "lora": ("lora_small", "new_domain", "valid", "LoRA r 8", "full", "small GPT"),
+    "randlora": (
+        *("randlora_scale", "fine_tuning", "new"),
+        *("RandLoRA r 16", "full fine-tuning", "GPT on one GPU"),
+    ),
+    "sora": (
+        *("sora_scale", "verses", "test_loss"),
+        *("SoRA λ=0.3", "LoRA r=8", "sentence encoder"),
+    ),
+    "galore": (
+        *("galore_scale", "pretraining", "valid"),
+        *("GaLore", "Adam", "GPT from scratch"),
+    ),
+    "sltrain": (
+        *("sltrain_small", "rates", "loss"),
+        *("SLTrain r=3", "full rank", "small GPT from scratch"),
+    ),
+    "hgf": (
+        *("hgf_small", "small", "valid loss"),
+        *("HGF", "FP", "small GPT from scratch"),
+    ),
+}
 
 
 def page_of(paper: PaperInfo) -> str:
@@ -156,6 +183,31 @@ def chooser(book: Path) -> str:
                 header, rows, title
             )
     return text
+
+
+def best_rate(rows: list[dict], arm: str, metric: str) -> tuple[float, bool]:
+    """The rate with the lowest mean over seeds, and whether it lies inside its grid."""
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        if row["method"] == arm:
+            found.setdefault(row["lr"], []).append(row[metric])
+    means = {lr: sum(values) / len(values) for lr, values in found.items()}
+    best = min(means, key=lambda lr: means[lr])
+    return best, min(means) < best < max(means)
+
+
+def rates(book: Path) -> str:
+    """Where to start with the learning rate: what was best in each chapter's sweep."""
+    found, lines = papers(), []
+    for key, (file, part, metric, arm, plain, bed) in SWEEPS.items():
+        rows, cells = stored(file)[part]["rows"], []
+        for name in (arm, plain):
+            rate, inside = best_rate(rows, name, metric)
+            cells.append(f"{rate:g}" + ("" if inside else ", an end of its grid"))
+        told = f"{cells[1]} ({escape(plain)})"
+        lines.append([link(found[key]), escape(arm), cells[0], told, bed])
+    header = ["method", "arm", "best rate", "the plain baseline's", "what was trained"]
+    return table(header, lines, "Learning rates")
 
 
 def claims(book: Path) -> str:
@@ -325,6 +377,7 @@ class _Made(SphinxDirective):
 TABLES = {
     "chooser": chooser,
     "claims": claims,
+    "rates": rates,
     "reading": reading,
     "scaling": scaling,
     "status": status,

@@ -58,6 +58,10 @@ class DoRALinear(LoRALinear):
     the gradient of the whole weight. A weight with a zero row, which has no direction, raises a ValueError, and so does
     a first forward on another weight than the layer was built on.
 
+    Args:
+        detach_norm: treat ‖V‖ as a constant in backward, as the paper's section 4.3 and PEFT do. False makes W + s·BA
+            anew in every step and takes the gradient through its norm too: slower, same function.
+
     Example:
         >>> from torch import nn
         >>> from lowrank_ref.adapters import DoRALinear
@@ -69,8 +73,9 @@ class DoRALinear(LoRALinear):
     adapter_names = ("A", "B", "magnitude")
     starts_from_weight = True
 
-    def __init__(self, base: nn.Module, rank: int = 8, **options: Any) -> None:
+    def __init__(self, base: nn.Module, rank: int = 8, *, detach_norm: bool = True, **options: Any) -> None:
         super().__init__(base, rank, **options)
+        self.detach_norm = detach_norm
         norms = row_norms(weight_of(base), self.A, self.B, self.scale)  # B = 0: those of W
         if not bool((norms > 0).all()):
             raise ValueError(
@@ -81,17 +86,21 @@ class DoRALinear(LoRALinear):
     def delta_weight(self) -> Float[Tensor, "m n"]:
         """Return m ⊙ V/‖V‖ - W with V = W + s·BA."""
         W = weight_of(self.base).to(self.A.dtype)
-        return dora_weight(W + super().delta_weight(), self.magnitude) - W
+        return dora_weight(W + super().delta_weight(), self.magnitude, detach_norm=self.detach_norm) - W
 
     def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return what has to be added to xWᵀ to give m/‖V‖ ⊙ (xWᵀ + s·B(A·dropout(x)))."""
         W = weight_of(self.base)
-        gain = self.magnitude / row_norms(W, self.A, self.B, self.scale)
+        if self.detach_norm:
+            norms = row_norms(W, self.A, self.B, self.scale)
+        else:
+            norms = (W.to(self.A.dtype) + super().delta_weight()).norm(dim=1)
+        gain = self.magnitude / norms
         return (gain - 1) * F.linear(x, W.to(self.A.dtype)) + gain * super().update(x)
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return base(x) + x ΔWᵀ, shape (..., m): by `dora_linear` where base and update read the same x."""
-        if not self.as_one(x):
+        if not self.detach_norm or not self.as_one(x):
             return AdaptedLinear.forward(self, x)
         bias = cast(Any, self.base.bias)
         return dora_linear(x, weight_of(self.base), bias, self.A, self.B, self.magnitude, self.scale)

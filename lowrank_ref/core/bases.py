@@ -39,6 +39,21 @@ class Adapter(nn.Module, metaclass=_FreezesLast):
     Raises:
         TypeError: the base is an adapter already.
         ValueError: the base's weight has been offloaded by accelerate, or is on the meta device and the start needs it.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lowrank_ref.core.layers import Adapter
+        >>> class Shift(Adapter):  # adds one trained number to every weight
+        ...     adapter_names = ("shift",)
+        ...     def __init__(self, base):
+        ...         super().__init__(base)
+        ...         self.shift = nn.Parameter(torch.ones(()))
+        ...     def delta_weight(self):
+        ...         return self.shift.expand_as(self.base.weight)
+        >>> layer = Shift(nn.Embedding(5, 3))
+        >>> torch.equal(layer.merged().weight, layer.base.weight + 1)
+        True
     """
 
     adapter_names: tuple[str, ...] = ()
@@ -168,6 +183,20 @@ class AdaptedLinear(Adapter):
 
     Raises:
         TypeError: no such layer, or one whose forward takes or returns something else than (..., n) and (..., m).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lowrank_ref.core.layers import AdaptedLinear
+        >>> class Rows(AdaptedLinear):  # trains one factor a row, ΔW = diag(g)·W
+        ...     adapter_names = ("g",)
+        ...     def __init__(self, base):
+        ...         super().__init__(base)
+        ...         self.g = nn.Parameter(torch.zeros(self.out_features))
+        ...     def delta_weight(self):
+        ...         return self.g[:, None] * self.base.weight
+        >>> Rows(nn.Linear(4, 3))(torch.ones(2, 4)).shape
+        torch.Size([2, 3])
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -212,6 +241,14 @@ class WeightLayer(nn.Module):
     """Base class of layers that *are* the weight, in the place of a linear layer. With them, the whole model trains.
 
     A subclass that defines `dense_weight()` and computes x Wᵀ + b with it, and nothing else, says so by `is_product`.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.lowbit import BitLinear
+        >>> from lowrank_ref.core.layers import WeightLayer, replace_linears
+        >>> model = replace_linears(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), "0", BitLinear)
+        >>> isinstance(model[0], WeightLayer), all(p.requires_grad for p in model.parameters())
+        (True, True)
     """
 
     #: Whether the rest of the model trains too; what is made for inference says False.

@@ -18,6 +18,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -198,15 +199,26 @@ class Comparison:
         grid = {arm: tuple(sorted({float(row["lr"]) for row in rows if row["method"] == arm})) for arm in arms}
         return cls([dict(row) for row in rows], grid, metric, maximize, dict(arms))
 
+    @cached_property
+    def _known(self) -> set[str]:
+        return {name for row in self.rows for name in row} - {"method", "lr", "seed", "error"}
+
+    @cached_property
+    def _runs(self) -> dict[tuple[str, float], list[dict[str, Any]]]:
+        """(method, lr) -> its rows: claims over thousands of stored rows ask for them again and again."""
+        found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        for row in self.rows:
+            found.setdefault((row["method"], row["lr"]), []).append(row)
+        return found
+
     def by_seed(self, method: str, lr: float, metric: str | None = None) -> dict[int, float]:
-        """Return seed -> number; a diverged run is infinitely bad."""
+        """Return seed -> number; a diverged run is infinitely bad, a run that did not record it is left out."""
         metric = metric or self.metric
-        known = {name for row in self.rows for name in row} - {"method", "lr", "seed", "error"}
-        if metric not in known:
-            raise ValueError(f"metric: got {metric!r}, wanted one of {sorted(known)}")
+        if metric not in self._known:
+            raise ValueError(f"metric: got {metric!r}, wanted one of {sorted(self._known)}")
         worst = -math.inf if self.maximize else math.inf
-        rows = [row for row in self.rows if row["method"] == method and row["lr"] == lr]
-        found = {row["seed"]: row.get(metric, math.nan) for row in rows}
+        rows = self._runs.get((method, lr), [])
+        found = {row["seed"]: row.get(metric, math.nan) for row in rows if metric in row or "error" in row}
         return {seed: worst if math.isnan(value) else value for seed, value in found.items()}
 
     def values(self, method: str, lr: float, metric: str | None = None) -> list[float]:
@@ -288,8 +300,7 @@ class Comparison:
         return self.arms[method]
 
     def _count(self, method: str, lr: float, name: str) -> str:
-        rows = [row for row in self.rows if row["method"] == method and row["lr"] == lr]
-        found = {int(row[name]) for row in rows if name in row}
+        found = {int(row[name]) for row in self._index[1].get((method, lr), ()) if name in row}
         return " or ".join(f"{count:,}" for count in sorted(found)) or "-"
 
     def differing(self, a: str, b: str) -> dict[str, tuple[str, str]]:
@@ -352,7 +363,8 @@ class Comparison:
         """Return mean ± standard deviation over seeds at each arm's best learning rate: a row for every arm.
 
         Args:
-            columns: number -> digits after the point. A number that is the same for all seeds is shown without ±.
+            columns: number -> digits after the point. A number that is the same for all seeds is shown without ±, one
+                that an arm did not record as "-".
                 Default: the metric with three digits.
             lr: title of the last column; "(edge)" there marks a best rate at the end of its grid.
         """
@@ -432,12 +444,16 @@ def _read(path: Path, version: str) -> dict[Key, dict[str, Any]]:
 
 
 def _mean_sd(values: list[float]) -> tuple[float, float]:
+    if not values:
+        return math.nan, math.nan
     if not all(map(math.isfinite, values)):
         return max(values, key=abs), math.nan
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _cell(values: list[float], digits: int) -> str:
+    if not values:
+        return "-"
     mean, sd = _mean_sd(values)
     if not math.isfinite(mean):
         return "diverged"
