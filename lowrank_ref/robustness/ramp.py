@@ -147,8 +147,7 @@ def fuse(
         projection: GP, called as projection(g_n, g_a).
     """
     check_number("beta", beta, low=0, high=1)
-    g_n, g_a = f_n - f, f_a - f
-    return f + beta * projection(g_n, g_a) + (1 - beta) * g_a
+    return f + beta * projection(f_n - f, g_a := f_a - f) + (1 - beta) * g_a
 
 
 class GradientProjection(Action):
