@@ -66,6 +66,7 @@ CALLS = {
         nn.Sequential(compression.MaestroLinear.from_linear(nn.Linear(4, 4))), every=1, **k
     ),
     ("lowbit", "gate_penalty"): lambda **k: lowbit.gate_penalty(torch.ones(3), **k),
+    ("optimizers", "GaLore"): optimizer(optimizers.GaLore),
     ("optimizers", "GaLoreAdafactor"): optimizer(optimizers.GaLoreAdafactor),
     ("optimizers", "GaLoreAdamW"): optimizer(optimizers.GaLoreAdamW),
     ("optimizers", "GaLoreAdamW8bit"): optimizer(optimizers.GaLoreAdamW8bit),
@@ -81,6 +82,7 @@ CALLS = {
     ("robustness", "RMTGBClassifier"): fitted,
     ("robustness", "RMTGBRegressor"): fitted,
     ("robustness", "apgd"): lambda **k: attack(robustness.apgd, **k),
+    ("robustness", "fuse"): lambda **k: robustness.fuse(*torch.ones(3, 2), **k),
     ("robustness", "pgd"): lambda **k: attack(robustness.pgd, **k),
     ("robustness", "project"): lambda **k: robustness.project(torch.ones(2, 4), torch.ones(2, 4), norm=2, **k),
     ("robustness", "random_start"): lambda **k: robustness.random_start(torch.ones(2, 4), norm=2, **k),

@@ -387,3 +387,16 @@ def test_a_second_surgery_a_forward_of_its_own_and_hooks(name):
     handle.remove()
     model(batch(0))
     assert seen == [name]
+
+
+@each_layer
+def test_on_the_meta_device_shapes_come_out_and_a_merge_is_refused(name):
+    layer = adapter(name).to("meta")
+    try:
+        y = layer(batch(0).to("meta"))
+    except ValueError as error:  # what draws its bases or looks at its start needs numbers
+        assert "meta" in str(error)
+    else:
+        assert y.is_meta and y.shape == layer.base(batch(0).to("meta")).shape
+    with pytest.raises(ValueError, match="meta"):
+        layer.merged()

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowrank_ref.core.checks import check_loaded
 from lowrank_ref.core.products import autocasts, is_plain
 from lowrank_ref.core.weights import current, has_own_forward, is_conv1d, updated, weight_of, with_weight
 
@@ -119,10 +120,12 @@ class Adapter(nn.Module, metaclass=_FreezesLast):
 
         Raises:
             TypeError: the base has hooks or a `forward` of its own, which a merge would lose.
-            ValueError: ΔW holds NaN or infinity, or the sum is too large for the base's dtype.
+            ValueError: ΔW holds NaN or infinity, the sum is too large for the base's dtype, or the base is on the meta
+                device.
         """
         self.check_start()
         W = current(self.base)
+        check_loaded("base.weight", W)
         with torch.no_grad(), torch.autocast(W.device.type, enabled=False):
             delta = self.delta_weight()
             W = W.T if is_conv1d(self.base) else W

@@ -143,11 +143,11 @@ def fuse(
         f: weights at the start of the epoch.
         f_n: after a natural epoch.
         f_a: after an adversarial epoch.
-        beta: β in [0, 1]; 0 gives f_a.
+        beta: β in [0, 1]; 0 gives f_a. Another one raises a ValueError.
         projection: GP, called as projection(g_n, g_a).
     """
-    g_n, g_a = f_n - f, f_a - f
-    return f + beta * projection(g_n, g_a) + (1 - beta) * g_a
+    check_number("beta", beta, low=0, high=1)
+    return f + beta * projection(f_n - f, g_a := f_a - f) + (1 - beta) * g_a
 
 
 class GradientProjection(Action):
