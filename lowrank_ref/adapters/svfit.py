@@ -204,14 +204,13 @@ class SVFitLinear(AdaptedLinear):
 
     def _check_bases(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Refuse stored singular triples that are not about those of this weight; a rounded copy of it is welcome."""
-        U, S, Vh = (state_dict.get(f"{prefix}{name}") for name in ("U", "S", "Vh"))
+        got, own = [state_dict.get(f"{prefix}{name}") for name in ("U", "S", "Vh")], (self.U, self.S, self.Vh)
+        fits = all(g is not None and not g.is_meta and g.shape == o.shape for g, o in zip(got, own))
         comes_along = any(key.startswith(f"{prefix}base.") for key in state_dict)
-        if comes_along or self.pairs not in ("top", "bottom", "any") or U is None or S is None or Vh is None:
-            return
-        W, shapes = weight_of(self.base).detach(), (self.U.shape, self.S.shape, self.Vh.shape)
-        if W.is_meta or any(t.is_meta for t in (U, S, Vh)) or (U.shape, S.shape, Vh.shape) != shapes:
-            return  # what PyTorch says of other shapes is better
-        U, S, Vh, W = (t.to(self.U) for t in (U, S, Vh, W))
+        W = weight_of(self.base).detach()
+        if not fits or comes_along or W.is_meta or self.pairs not in ("top", "bottom", "any"):
+            return  # what PyTorch says of missing names and other shapes is better
+        U, S, Vh, W = (t.to(self.U) for t in (*got, W))
         if (W @ Vh.T - U * S).norm() > 0.3 * W.norm() * (self.rank / min(W.shape)) ** 0.5:
             raise ValueError(f"{prefix}U, {prefix}Vh: got those of another weight, wanted those of this layer's")
 
