@@ -122,8 +122,7 @@ class SVFitLinear(AdaptedLinear):
             is proportional to it.
         pairs: which directions train, see `singular_pairs.choose_pairs`.
         store_bases: whether `state_dict` has U and Vh; loading then refuses triples of an unrelated weight. Without
-            them it has 3r numbers, and loading asks that the layer was built on the same weights: values and
-            `singular_pairs.fingerprint` of the bases must agree.
+            them it has 3r numbers, and loading asks for the same values and `singular_pairs.fingerprint` of the bases.
         generator: source of the controls' directions; "top" draws nothing.
 
     Raises:
