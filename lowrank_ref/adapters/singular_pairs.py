@@ -13,7 +13,7 @@ from lowrank_ref.core.checks import check_rank
 from lowrank_ref.core.linalg import svd
 
 #: What `choose_pairs` can choose. All but the first are controls.
-PAIRS = ("top", "bottom", "any", "shuffled", "random")
+PAIRS = ("top", "bottom", "any", "shuffled", "rotated", "random")
 
 
 def choose_pairs(
@@ -25,8 +25,8 @@ def choose_pairs(
         W: the frozen weight.
         rank: r.
         pairs: "top" is the method. Controls: "bottom" and "any" (drawn) take other singular triples; "shuffled" keeps
-            the top r of U and V, but no vᵢ stays with its uᵢ; "random" has random orthonormal columns instead. In the
-            last two S is that of the top r.
+            the top r of U and V, but no vᵢ stays with its uᵢ; "rotated" has random orthonormal columns of the same
+            two spans, "random" of the whole space. In the last three S is that of the top r.
         generator: source of what is drawn.
 
     Raises:
@@ -48,10 +48,10 @@ def choose_pairs(
     if pairs == "shuffled":  # one cycle through all: nobody keeps a partner
         cycle = torch.randperm(rank, generator=generator, device=draws.device).to(U.device)
         Vh = Vh.index_copy(0, cycle, Vh[cycle.roll(1)])
-    if pairs == "random":
-        shapes = (len(U), rank), (Vh.shape[1], rank)
-        U, V = (torch.linalg.qr(draws.new_empty(s).normal_(generator=generator).to(U.device)).Q for s in shapes)
-        Vh = V.T
+    if pairs in ("rotated", "random"):
+        shapes = ((rank, rank),) * 2 if pairs == "rotated" else ((len(U), rank), (Vh.shape[1], rank))
+        left, right = (torch.linalg.qr(draws.new_empty(s).normal_(generator=generator).to(U.device)).Q for s in shapes)
+        U, Vh = (U @ left, right.T @ Vh) if pairs == "rotated" else (left, right.T)
     return U.contiguous(), S.contiguous(), Vh.contiguous()
 
 

@@ -121,8 +121,8 @@ class SVFitLinear(AdaptedLinear):
         form: "additive" trains δ = σ - σ⁰; "multiplicative" trains z - 1 of σ = z·σ⁰, so that Adam's step on a value
             is proportional to it.
         pairs: which directions train, see `singular_pairs.choose_pairs`.
-        store_bases: whether `state_dict` has U and Vh. Without them it has 3r numbers, and loading asks that the layer
-            was built on the same weights: values and `singular_pairs.fingerprint` of the bases must agree.
+        store_bases: whether `state_dict` has U and Vh; loading then refuses triples of an unrelated weight. Without
+            them it has 3r numbers, and loading asks for the same values and `singular_pairs.fingerprint` of the bases.
         generator: source of the controls' directions; "top" draws nothing.
 
     Raises:
@@ -200,7 +200,20 @@ class SVFitLinear(AdaptedLinear):
                 continue  # what PyTorch says of those is better
             if not torch.allclose(got.to(own), own, rtol=0, atol=bound):
                 raise ValueError(f"{prefix}{name}: got that of other bases, wanted that of this layer's weight")
+        self._check_bases(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_bases(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Refuse stored singular triples that are not about those of this weight; a rounded copy of it is welcome."""
+        got, own = [state_dict.get(f"{prefix}{name}") for name in ("U", "S", "Vh")], (self.U, self.S, self.Vh)
+        fits = all(g is not None and not g.is_meta and g.shape == o.shape for g, o in zip(got, own))
+        comes_along = any(key.startswith(f"{prefix}base.") for key in state_dict)
+        W = weight_of(self.base).detach()
+        if not fits or comes_along or W.is_meta or self.pairs not in ("top", "bottom", "any"):
+            return  # what PyTorch says of missing names and other shapes is better
+        U, S, Vh, W = (t.to(self.U) for t in (*got, W))
+        if (W @ Vh.T - U * S).norm() > 0.3 * W.norm() * (self.rank / min(W.shape)) ** 0.5:
+            raise ValueError(f"{prefix}U, {prefix}Vh: got those of another weight, wanted those of this layer's")
 
 
 PAPER = PaperInfo(

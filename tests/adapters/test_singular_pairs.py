@@ -51,9 +51,21 @@ def test_nobody_keeps_a_partner(rank, seed):
     assert found.diagonal().sum() == 0
 
 
+@given(shapes())
+def test_rotated_pairs_stay_in_their_spans(shape):
+    m, n, r = shape
+    W = gaussian(m, n)
+    U, S, Vh = svd(W, r)
+    left, values, right = choose_pairs(W, r, "rotated", seeded())
+    assert_close(left @ left.T, U @ U.T)
+    assert_close(right.T @ right, Vh.T @ Vh)
+    assert_close(values, S)
+    assert r == 1 or (left - U).abs().max() > 1e-3
+
+
 def test_what_is_drawn_comes_from_the_generator():
     W = gaussian(6, 5)
-    for pairs in ("any", "shuffled", "random"):
+    for pairs in ("any", "shuffled", "rotated", "random"):
         first, same, other = (choose_pairs(W, 3, pairs, seeded(s)) for s in (1, 1, 4))
         assert all(torch.equal(a, b) for a, b in zip(first, same))
         assert not all(torch.equal(a, b) for a, b in zip(first, other)), pairs

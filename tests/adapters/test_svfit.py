@@ -293,6 +293,25 @@ def test_a_file_without_bases_is_refused_by_another_weight(tmp_path):
         load_adapters(two_layers(), tmp_path / "x")
 
 
+@pytest.mark.parametrize("pairs", ["top", "bottom", "any"])
+@pytest.mark.parametrize("rank", [2, None])
+def test_stored_bases_of_another_weight_are_refused_and_of_a_rounded_one_are_not(pairs, rank, tmp_path):
+    options = {"pairs": pairs, "rank": rank}
+    save_adapters(old := two_layers(**options), tmp_path / "x")
+    other, x = two_layers(seed=5, **options), gaussian(5, 12)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"0\.U, 0\.Vh: got those of another weight"):
+        load_adapters(other, tmp_path / "x")
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+    rounded = two_layers(**options)
+    for layer in (rounded[0], rounded[2]):
+        layer.base.weight.data = layer.base.weight.data.bfloat16().double()
+    load_adapters(rounded, tmp_path / "x")
+    assert_close(rounded[0].delta_weight(), old[0].delta_weight())
+    other.load_state_dict(old.state_dict())  # all of a model: the weight comes along
+    assert_close(other(x), old(x))
+
+
 def test_equal_values_with_other_vectors_are_noticed():
     """All values are 1, and any orthonormal vectors will do: a library may find these or those."""
     layers = []

@@ -60,17 +60,19 @@ def pairs(kind: str = "top", rank: int = 1000, **options: Any) -> Callable[[nn.L
     return make
 
 
-def core(rank: int, form: str = "additive") -> Callable[[nn.Linear, torch.Generator], nn.Module]:
+def core(rank: int, **options: Any) -> Callable[[nn.Linear, torch.Generator], nn.Module]:
     """Return what makes an r x r core."""
-    return lambda linear, generator: SingularCoreLinear(linear, capped(rank, linear), form=form)
+    return lambda linear, generator: SingularCoreLinear(linear, capped(rank, linear), generator=generator, **options)
 
 
-def lora(rank: int, layer: Any = LoRALinear) -> Callable[[nn.Linear, torch.Generator], nn.Module]:
-    """Return what makes LoRA or PiSSA with scale 2."""
+def lora(rank: int, layer: Any = LoRALinear, *, only_B: bool = False) -> Callable[[nn.Linear, Any], nn.Module]:
+    """Return what makes LoRA or PiSSA with scale 2; `only_B` leaves A where it was drawn."""
 
     def make(linear: nn.Linear, generator: torch.Generator) -> nn.Module:
         r = capped(rank, linear)
-        return layer(linear, r, alpha=2 * r, generator=generator)
+        made = layer(linear, r, alpha=2 * r, generator=generator)
+        made.A.requires_grad_(not only_B)
+        return made
 
     return make
 
@@ -87,8 +89,11 @@ DIGITS = {
     "LoRA r=1, middle layer": Plan(lora(1), BY_LORA, r"layers\.1"),
     "PiSSA r=8": Plan(lora(8, PiSSALinear), doubling(0.002)),
     "core r=8": Plan(core(8), BY_CORE),
-    "LoRA-XS r=8": Plan(core(8, "multiplicative"), BY_CORE),
+    "LoRA-XS r=8": Plan(core(8, form="multiplicative"), BY_CORE),
     "biases": Plan(None, doubling(0.02)),
+    "rotated pairs": Plan(pairs("rotated"), BY_VALUE),
+    "random core r=8": Plan(core(8, pairs="random"), BY_CORE),
+    "LoRA r=1, B only": Plan(lora(1, only_B=True), doubling(0.03125)),
     **{
         f"{name} r={r}": Plan(pairs(kind, r), BY_VALUE)
         for r in (8, 32)
