@@ -46,10 +46,11 @@ SB = {
     "LoRA-SB, 64 upright images": (-64, 1e-3, "S"),
 }
 RANKS = (4, 8, 16)
+PASSES = ("1 image", "8 images", "1,000 images", "64 upright images")
 #: Arm -> its grid of rates.
 ARMS = {
     **{f"{name} r={r}": MIDDLE if r == 16 else HIGH for name in SB if "image" not in name for r in RANKS},
-    **{f"{name} r={r}": MIDDLE if r == 16 else HIGH for name in SB if "image" in name for r in (8, 16)},
+    **{f"LoRA-SB, {n} r={r}": MIDDLE if r == 16 else HIGH for n in PASSES for r in (8, 16)},
     **{f"{name} r=4": HIGH for name in SB if "1,000 images" in name},
     **{f"{name} r={r}": HIGH if name[0] == "r" and r < 16 else MIDDLE for name in FRAMES for r in RANKS},
     **{f"LoRA, s = {s} r={r}": LOW for s in (0.5, 2, 8, 32) for r in (1, 8)},
