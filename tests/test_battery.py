@@ -55,7 +55,11 @@ def assert_equal_optimizers(got, wanted):
 @each_layer
 def test_starts_at_the_base(name):
     layer, x = adapter(name, moved=False), batch(0)
-    assert torch.allclose(layer(x), layer.base(x), rtol=0, atol=tolerance(1e-12)) == (name not in STARTS_ELSEWHERE)
+    off = (layer(x) - layer.base(x)).abs().max()
+    if name not in STARTS_ELSEWHERE:
+        assert off <= tolerance(1e-12)
+    elif off.dtype == torch.float64:  # a start of 1e-5 or less drowns in the rounding of other dtypes
+        assert off > 1e-12
 
 
 @each_layer

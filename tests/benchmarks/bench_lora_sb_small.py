@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_lora_sb_small.py --out book/results/lora_sb_small.json
 
 digits: LoRA-SB, LoRA-XS and what lies between them (frames x start), random frames, other samples for the gradient
-pass, LoRA at three scales, and all weights; five rates and ten seeds an arm, in a grid of its own.
+pass, LoRA at four scales, and all weights; five rates or six and ten seeds an arm, in a grid of its own.
 scale: one rate, three scales, with theorem 3's correction and without, for SGD and for Adam.
 """
 
@@ -41,15 +41,20 @@ SB = {
     "LoRA-SB, 1 image": (1, 1e-3, "S"),
     "LoRA-SB, 8 images": (8, 1e-3, "S"),
     "LoRA-SB, 1,000 images": (1000, 1e-3, "S"),
+    "LoRA-SB, R = 0, 1,000 images": (1000, 1e-3, "zero"),
+    "LoRA-SB, η = 0.01, 1,000 images": (1000, 1e-2, "S"),
     "LoRA-SB, 64 upright images": (-64, 1e-3, "S"),
 }
 RANKS = (4, 8, 16)
+PASSES = ("1 image", "8 images", "1,000 images", "64 upright images")
 #: Arm -> its grid of rates.
 ARMS = {
     **{f"{name} r={r}": MIDDLE if r == 16 else HIGH for name in SB if "image" not in name for r in RANKS},
-    **{f"{name} r={r}": MIDDLE if r == 16 else HIGH for name in SB if "image" in name for r in (8, 16)},
+    **{f"LoRA-SB, {n} r={r}": MIDDLE if r == 16 else HIGH for n in PASSES for r in (8, 16)},
+    **{f"{name} r=4": HIGH for name in SB if "1,000 images" in name},
     **{f"{name} r={r}": HIGH if name[0] == "r" and r < 16 else MIDDLE for name in FRAMES for r in RANKS},
     **{f"LoRA, s = {s} r={r}": LOW for s in (0.5, 2, 8) for r in (1, 8)},
+    **{f"LoRA, s = 32 r={r}": (0.001, *LOW) for r in (1, 8)},
     "full, no biases": (0.001, 0.003, 0.01, 0.03, 0.1),
 }
 
