@@ -98,7 +98,7 @@ def start_lora_sb(
     batches: Iterable[Iterable[Any]],
     *,
     rank: int,
-    eta: float,
+    step_size: float,
     at_once: int | None = None,
     device: torch.device | str = "cpu",
     trainable: Pattern | None = None,
@@ -111,7 +111,7 @@ def start_lora_sb(
         model, pattern, trainable: see `replace_linears`.
         loss_fn, batches: see `gradient_sums`.
         rank: r >= 1; a smaller layer takes min(m, n).
-        eta: η > 0, the size of the first step: the learning rate over the steps of its warm-up.
+        step_size: η > 0, the size of the first step: the learning rate over the steps of its warm-up.
         at_once: how many layers' sums are kept at a time, each group with a gradient pass of its own; None keeps all.
         device: where the sums are kept. On a GPU it saves the copies: there take as many at once as memory allows.
         generator: source of the sketches of large layers.
@@ -125,7 +125,7 @@ def start_lora_sb(
             `update_approximation` refuse.
     """
     check_integer("rank", rank, low=1)
-    check_number("eta", eta, low=0, open_low=True)
+    check_number("step_size", step_size, low=0, open_low=True)
     check_integer("at_once", 1 if at_once is None else at_once, low=1)
     inside = tuple(f"{path}." for path, _ in adapters(model))
     named = model.named_modules(remove_duplicate=False)
@@ -136,7 +136,7 @@ def start_lora_sb(
         group = {path: found[path] for path in paths[i : i + size]}
         sums = gradient_sums(model, group, loss_fn, batches, device=device)
         for path, layer in group.items():
-            step = first_step(sums.pop(path), eta).to(weight_of(layer).device)
+            step = first_step(sums.pop(path), step_size).to(weight_of(layer).device)
             starts[id(layer)] = update_approximation(step, min(rank, *step.shape), generator)
     return replace_linears(
         model, pattern, lambda base: LoRASBLinear(base, *starts[id(base)], **options), trainable=trainable

@@ -12,7 +12,7 @@ Fine-Tuning", arXiv 2411.19557v4. The form of the update is LoRA-XS's: Bałazy e
 | Σ∇L over a few samples; all of it on a model | `gradient_start`              |
 | LoRA-XS: B = U_r, A = Σ_r V_rᵀ of W₀         | `svd_frames`                  |
 
-Letters: A, B, R as in the papers; G is the gradient of the whole weight, η (`eta`) the first step of the warm-up.
+Letters: A, B, R as in the papers; G is the gradient of the whole weight, η (`step_size`) the first step of the warm-up.
 
 Deviations. The gradient pass runs in eval mode: the official code leaves dropout on. Frames and core are float32 or
 wider; the code rounds them to bfloat16, which costs their orthonormality 1e-3. η is an argument; the code divides the
@@ -75,9 +75,9 @@ def truncated_svd(
     return randomized_svd(W, rank, oversample=10, iterations=4, generator=generator)
 
 
-def first_step(G: Float[Tensor, "m n"], eta: float) -> Float[Tensor, "m n"]:
+def first_step(G: Float[Tensor, "m n"], step_size: float) -> Float[Tensor, "m n"]:
     """Return ΔW₁ = -η·sign(G), Adam's first step on the whole weight. sign(0) = 0."""
-    return -eta * G.sign()
+    return -step_size * G.sign()
 
 
 def update_approximation(step: Float[Tensor, "m n"], rank: int, generator: torch.Generator | None = None) -> Start:

@@ -149,7 +149,7 @@ def test_a_tied_weight_counts_where_its_layer_is_called_and_a_shared_layer_at_bo
     layer = nn.Linear(6, 6).double()
     model = nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(6, 3).double())
     assert_sums(gradient_sums(model, {"0": layer}, loss_fn, batches()), by_autograd(model, batches()))
-    start_lora_sb(model, "0|2", loss_fn, batches(), rank=2, eta=0.1)
+    start_lora_sb(model, "0|2", loss_fn, batches(), rank=2, step_size=0.1)
     assert model[0] is model[2] and isinstance(model[0], LoRASBLinear)
 
 
@@ -176,7 +176,7 @@ def test_pytorchs_encoder_calls_its_layers_in_the_pass_and_those_it_never_calls_
     found = gradient_sums(model, {"linear1": model.linear1, "linear2": model.linear2}, loss, [(x,)])
     assert_sums(found, {path: wanted.get_submodule(path).weight.grad for path in found}, 1e-10)
     with pytest.raises(ValueError, match="layers: got no gradient for self_attn.out_proj, wanted"):
-        start_lora_sb(model, "", loss, [(x,)], rank=2, eta=0.1)
+        start_lora_sb(model, "", loss, [(x,)], rank=2, step_size=0.1)
     assert not list(adapters(model))
 
 
@@ -203,7 +203,7 @@ def test_no_two_gradients_are_alive_together(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", spy)
     gradient_sums(model, linears(model), loss_fn, batches(4))
     assert len(made) == 28 and max(most) == 8
-    assert start_lora_sb(model, "0", loss_fn, batches(), rank=2, eta=0.1, device="cpu")[0].rank == 2
+    assert start_lora_sb(model, "0", loss_fn, batches(), rank=2, step_size=0.1, device="cpu")[0].rank == 2
 
 
 def test_inputs_are_let_go_in_their_layers_turn():
@@ -268,7 +268,7 @@ def test_an_error_inside_the_loss_leaves_no_hook_and_no_mode():
 
 
 def started(model=None, **options):
-    how = {"rank": 2, "eta": 0.01} | options
+    how = {"rank": 2, "step_size": 0.01} | options
     return start_lora_sb(network() if model is None else model, "0|4|6", loss_fn, batches(), **how)
 
 
@@ -296,7 +296,7 @@ def test_groups_give_the_same_start_and_pass_once_a_group():
     wanted = started().state_dict()
     for at_once, times in ((1, 3), (2, 2), (3, 1), (9, 1)):
         passes.clear()
-        model = start_lora_sb(network(), "0|4|6", counted, iter(batches()), rank=2, eta=0.01, at_once=at_once)
+        model = start_lora_sb(network(), "0|4|6", counted, iter(batches()), rank=2, step_size=0.01, at_once=at_once)
         assert len(passes) == 3 * times
         assert all(torch.equal(value, wanted[key]) for key, value in model.state_dict().items())
 
@@ -311,16 +311,16 @@ def test_conv1d_starts_as_the_transposed_linear_layer():
     Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
     linear, conv = nn.Sequential(nn.Linear(6, 3).double()), nn.Sequential(Conv1D(3, 6).double())
     conv[0].weight, conv[0].bias = nn.Parameter(linear[0].weight.T.detach().clone()), linear[0].bias
-    ours, theirs = (start_lora_sb(m, "", loss_fn, batches(), rank=2, eta=0.1) for m in (conv, linear))
+    ours, theirs = (start_lora_sb(m, "", loss_fn, batches(), rank=2, step_size=0.1) for m in (conv, linear))
     torch.testing.assert_close(ours[0].delta_weight(), theirs[0].delta_weight(), rtol=0, atol=1e-12)
 
 
 def test_a_second_kind_of_adapter_beside_the_first():
     model = replace_linears(network(), "4", partial(LoRALinear, rank=2, generator=seeded()))
-    start_lora_sb(model, "0", loss_fn, batches(), rank=2, eta=0.1)
+    start_lora_sb(model, "0", loss_fn, batches(), rank=2, step_size=0.1)
     assert [type(layer) for _, layer in adapters(model)] == [LoRASBLinear, LoRALinear]
     with pytest.raises(ValueError, match="pattern: got"):  # what is inside an adapter is none of ours
-        start_lora_sb(model, "base", loss_fn, batches(), rank=2, eta=0.1)
+        start_lora_sb(model, "base", loss_fn, batches(), rank=2, step_size=0.1)
 
 
 def test_it_trains_resumes_and_merges(tmp_path):
@@ -357,8 +357,8 @@ def test_it_trains_resumes_and_merges(tmp_path):
     [
         ({"rank": 0}, ValueError, "rank: got 0"),
         ({"rank": 2.0}, TypeError, "rank: got 2.0"),
-        ({"eta": 0.0}, ValueError, "eta: got 0.0"),
-        ({"eta": float("nan")}, ValueError, "eta: got nan"),
+        ({"step_size": 0.0}, ValueError, "step_size: got 0.0"),
+        ({"step_size": float("nan")}, ValueError, "step_size: got nan"),
         ({"at_once": 0}, ValueError, "at_once: got 0"),
         ({"at_once": True}, TypeError, "at_once: got True"),
         ({"batches": []}, ValueError, "batches: got none"),
@@ -373,7 +373,7 @@ def test_it_trains_resumes_and_merges(tmp_path):
 def test_bad_input_leaves_the_model_as_it_was(change, error, message, no_shape_checks):
     model = network()
     before, kinds = state(model), [type(m) for m in model.modules()]
-    good = {"pattern": "0|4|6", "loss_fn": loss_fn, "batches": batches(), "rank": 2, "eta": 0.1}
+    good = {"pattern": "0|4|6", "loss_fn": loss_fn, "batches": batches(), "rank": 2, "step_size": 0.1}
     with pytest.raises(error, match=message):
         start_lora_sb(model, **good | change)
     assert_same(state(model), before)
@@ -386,4 +386,4 @@ def test_a_layer_behind_which_a_head_of_zeros_stands_has_no_first_step():
     with pytest.raises(ValueError, match="step: got zeros only"):
         started(model)
     assert not list(adapters(model))
-    assert len(list(adapters(start_lora_sb(model, "6", loss_fn, batches(), rank=2, eta=0.1)))) == 1
+    assert len(list(adapters(start_lora_sb(model, "6", loss_fn, batches(), rank=2, step_size=0.1)))) == 1

@@ -107,7 +107,7 @@ def main() -> None:
             if re.search(args.only, name):
 
                 def whole(at_once: int | None = at_once, device: str = device) -> dict[str, Any]:
-                    started, how = model(), {"rank": rank, "eta": 1e-3, "at_once": at_once, "device": device}
+                    started, how = model(), {"rank": rank, "step_size": 1e-3, "at_once": at_once, "device": device}
                     gc.collect()
                     reset_peak()
                     before, begin = peak_mib(), time.perf_counter()
