@@ -5,8 +5,8 @@
 turned: digits turned by 90 degrees. NOLA with 16 to 128 bases at ranks 1 to 8, and what else costs so little.
 negative: the same images with light and dark exchanged, the main arms.
 
-Every arm has seven rates and five seeds. After training, coefficients (of LoRA: A and B) are also rounded to 8, 4, 3 and
-2 bits, one step for each vector or matrix.
+Every arm has seven rates and five seeds. After training, coefficients (of LoRA: A and B) are also rounded to 8, 4, 3
+and 2 bits, one step for each vector or matrix.
 """
 
 import re
