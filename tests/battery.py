@@ -16,10 +16,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import lowrank_ref
-from lowrank_ref.adapters import DoRALinear, PiSSALinear
+from lowrank_ref.adapters import DoRALinear, LoRASBLinear, LoRAXSLinear, PiSSALinear, SingularCoreLinear
+from lowrank_ref.adapters.lora_sb import first_step, update_approximation
 from lowrank_ref.compression import JointRankSampler, MaestroLinear, RankSampler, RankShrinker, decompose
 from lowrank_ref.core.actions import Action
-from lowrank_ref.core.layers import replace_linears
+from lowrank_ref.core.layers import replace_linears, weight_of
 from lowrank_ref.core.registry import papers
 from lowrank_ref.lowbit import BitLinear, GateSchedule, HGFLinear
 from lowrank_ref.lowbit.ternary import PackedLinear
@@ -31,9 +32,18 @@ from lowrank_ref.robustness import GradientProjection
 M, N = 10, 12
 #: Where and in which precision the cases live, read at every call. `gpu/` sets others.
 DEVICE, DTYPE = "cpu", torch.float64
-#: Name -> adapter(base, generator=...), with its default options. DoRA and PiSSA have no card of their own.
+
+
+def lora_sb(base, rank=8, *, generator):
+    """A LoRA-SB layer that starts from the sign of noise, in the place of a gradient."""
+    G = torch.randn(weight_of(base).shape, generator=generator, dtype=torch.float64)
+    return LoRASBLinear(base, *update_approximation(first_step(G, 0.1), rank))
+
+
+#: Name -> adapter(base, generator=...), with its default options. These five have no card of their own.
 LAYERS = {name: make for info in papers().values() for name, make in info.layers.items()}
-LAYERS |= {"DoRALinear": DoRALinear, "PiSSALinear": PiSSALinear}
+LAYERS |= {"DoRALinear": DoRALinear, "PiSSALinear": PiSSALinear, "SingularCoreLinear": SingularCoreLinear}
+LAYERS |= {"LoRAXSLinear": LoRAXSLinear, "LoRASBLinear": lora_sb}
 #: Name -> numbers it trains on an (m, n) layer, by the formula of its docstring.
 COUNTS = {
     "LoRALinear": lambda m, n: 8 * (m + n),
@@ -43,11 +53,18 @@ COUNTS = {
     "NOLALinear": lambda m, n: 64 + 64,
     "RandLoRALinear": lambda m, n: -(-min(m, n) // 8) * (8 + min(m, n)),
     "SoRALinear": lambda m, n: 8 * (m + n + 1),
+    "SVFitLinear": lambda m, n: min(m, n),
+    "SingularCoreLinear": lambda m, n: min(m, n) ** 2,
+    "LoRAXSLinear": lambda m, n: 8 * 8,
+    "LoRASBLinear": lambda m, n: 8 * 8,
 }
 #: Adapters that do not start at the base model, each with the reason.
-STARTS_ELSEWHERE: dict[str, str] = {}
+STARTS_ELSEWHERE = {
+    "LoRAXSLinear": "its core is drawn, with a deviation of 1e-5",
+    "LoRASBLinear": "its start is one step of full fine-tuning, truncated",
+}
 #: Adapters without randomness: the generator changes nothing.
-NOT_RANDOM = {"PiSSALinear"}
+NOT_RANDOM = {"PiSSALinear", "SVFitLinear", "SingularCoreLinear"}
 #: Name -> layer(base, generator=...) of those that are the weight themselves.
 WEIGHT_LAYERS = {
     "SLTrainLinear": partial(SLTrainLinear.from_linear, rank=4, density=0.2),

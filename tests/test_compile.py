@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from battery import adapter, batch, gaussian, linear, seeded
+from battery import adapter, batch, gaussian, linear, lora_sb, seeded
 from torch import nn
 
 from lowrank_ref.adapters import (
@@ -64,6 +64,7 @@ LINEAR = {
     "DoRA": partial(DoRALinear, rank=4),
     "PiSSA": partial(PiSSALinear, rank=4),
     "SoRA": partial(SoRALinear, rank=4),
+    "LoRA-SB": partial(lora_sb, rank=4),
     "NOLA": partial(NOLALinear, rank=4),
     "RandLoRA": partial(RandLoRALinear, rank=4),
     "RandLoRA, fused": partial(RandLoRALinear, rank=4, fused=True),

@@ -9,13 +9,21 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from battery import linear, network, seeded, train
+from battery import linear, lora_sb, network, seeded, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lowrank_ref.adapters import DoRALinear, LoRALinear, NOLALinear, PiSSALinear, RandLoRALinear
+from lowrank_ref.adapters import (
+    DoRALinear,
+    LoRALinear,
+    LoRAXSLinear,
+    NOLALinear,
+    PiSSALinear,
+    RandLoRALinear,
+    SVFitLinear,
+)
 from lowrank_ref.analysis import MPSLinear
 from lowrank_ref.compression import MaestroLinear
 from lowrank_ref.core.layers import replace_linears
@@ -65,6 +73,9 @@ CASES = {
     "LoRA": (lambda: with_layer(partial(LoRALinear, rank=4, generator=seeded(1))), adam),
     "DoRA": (lambda: with_layer(partial(DoRALinear, rank=4, generator=seeded(1))), adam),
     "PiSSA": (lambda: with_layer(partial(PiSSALinear, rank=4)), adam),
+    "SVFit": (lambda: with_layer(SVFitLinear), adam),
+    "LoRA-XS": (lambda: with_layer(partial(LoRAXSLinear, rank=4, generator=seeded(1))), adam),
+    "LoRA-SB": (lambda: with_layer(partial(lora_sb, rank=4, generator=seeded(1))), adam),
     "SoRA": (lambda: with_layer(partial(SoRALinear, rank=4, generator=seeded(1))), adam),
     "MPS": (lambda: with_layer(partial(MPSLinear, generator=seeded(1))), adam),
     "Maestro": (lambda: with_layer(MaestroLinear.from_linear), adam),

@@ -116,6 +116,7 @@ def targets(name: str, paper: PaperInfo) -> list[tuple[str, str]]:
     return [
         ("Open in Colab", links.colab(f"book/{name}.ipynb")),
         ("Notebook", f"{to_root}_sources/{name}.ipynb"),
+        ("Reference", f"{to_root}api/lowrank_ref.{name.replace('/', '.')}.html"),
         ("Source", links.source(f"lowrank_ref/{name}.py")),
         ("Tests", links.source(f"tests/{paper.part}/test_{paper.key}.py")),
         (f"arXiv:{paper.arxiv}", f"https://arxiv.org/abs/{paper.arxiv}"),

@@ -5,6 +5,7 @@ of script; the search index is loaded where one searches. Accessibility: a name 
 theme leaves out. For other sites: a description and a picture.
 """
 
+import json
 import re
 import sys
 from html import escape
@@ -84,6 +85,32 @@ def finish(app: Sphinx, error: Exception | None) -> None:
             icons.update(re.findall(r"\bfa-([a-z-]+)", classes))
         path.write_text(mended(text, path.name), encoding="utf-8")
     write_icons(out / "_static", icons)
+    index = out / "searchindex.js"
+    index.write_text(searchable(index.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def searchable(text: str, package: str = "lowrank_ref") -> str:
+    """The search index without the package's own name, in which "rank" would be found.
+
+    Objects are searched by their full name; without the package in it, their anchors,
+    which else follow from the name, are written out.
+    """
+    start, end = "Search.setIndex(", ")"
+    index = json.loads(text[len(start) :].rstrip().removesuffix(end))
+    objects: dict[str, list[Any]] = {}
+    for prefix, entries in index["objects"].items():
+        short = prefix.removeprefix(package).removeprefix(".")
+        for page, kind, priority, anchor, name in entries:
+            full = f"{prefix}.{name}" if prefix else name
+            if anchor == "-":
+                anchor = f"{index['objnames'][str(kind)][1]}-{full}"
+            row = [page, kind, priority, anchor or full, name]
+            objects.setdefault(short, []).append(row)
+    index["objects"] = objects
+    for terms in (index["terms"], index["titleterms"]):
+        for term in [term for term in terms if package.split("_")[0] in term]:
+            del terms[term]
+    return f"{start}{json.dumps(index, separators=(',', ':'))}{end}"
 
 
 def mended(text: str, name: str) -> str:

@@ -1,7 +1,9 @@
 """Tables made from the registry and from the chapters' own outputs.
 
-`{chooser}`: when to use which method. `{claims}`: every claim of every chapter.
-`{status}`: all planned papers. `{reading}`: what to read before what.
+`{chooser}`: when to use which method. `{rates}`: learning rates that were best.
+`{claims}`: every claim of every chapter. `{status}`: all planned papers.
+`{reading}`: what to read before what. `{scaling}`: steps on one and on two devices, if
+they have been measured.
 """
 
 import functools
@@ -33,6 +35,32 @@ COLUMNS = [
 
 #: What a verdict is called in a count.
 SHORT = dict(zip(VERDICTS, ("held", "in part", "not confirmed", "open")))
+
+#: Where each method's rates were tried: results file, part, the number that decides,
+#: the method's arm, the plain baseline's arm, and what it was.
+SWEEPS = {
+    "lora": ("lora_small", "new_domain", "valid", "LoRA r 8", "full", "small GPT"),
+    "randlora": (
+        *("randlora_scale", "fine_tuning", "new"),
+        *("RandLoRA r 16", "full fine-tuning", "GPT on one GPU"),
+    ),
+    "sora": (
+        *("sora_scale", "verses", "test_loss"),
+        *("SoRA λ=0.3", "LoRA r=8", "sentence encoder"),
+    ),
+    "galore": (
+        *("galore_scale", "pretraining", "valid"),
+        *("GaLore", "Adam", "GPT from scratch"),
+    ),
+    "sltrain": (
+        *("sltrain_small", "rates", "loss"),
+        *("SLTrain r=3", "full rank", "small GPT from scratch"),
+    ),
+    "hgf": (
+        *("hgf_small", "small", "valid loss"),
+        *("HGF", "FP", "small GPT from scratch"),
+    ),
+}
 
 
 def page_of(paper: PaperInfo) -> str:
@@ -157,6 +185,31 @@ def chooser(book: Path) -> str:
     return text
 
 
+def best_rate(rows: list[dict], arm: str, metric: str) -> tuple[float, bool]:
+    """The rate with the lowest mean over seeds, and whether it lies inside its grid."""
+    found: dict[float, list[float]] = {}
+    for row in rows:
+        if row["method"] == arm:
+            found.setdefault(row["lr"], []).append(row[metric])
+    means = {lr: sum(values) / len(values) for lr, values in found.items()}
+    best = min(means, key=lambda lr: means[lr])
+    return best, min(means) < best < max(means)
+
+
+def rates(book: Path) -> str:
+    """Where to start with the learning rate: what was best in each chapter's sweep."""
+    found, lines = papers(), []
+    for key, (file, part, metric, arm, plain, bed) in SWEEPS.items():
+        rows, cells = stored(file)[part]["rows"], []
+        for name in (arm, plain):
+            rate, inside = best_rate(rows, name, metric)
+            cells.append(f"{rate:g}" + ("" if inside else ", an end of its grid"))
+        told = f"{cells[1]} ({escape(plain)})"
+        lines.append([link(found[key]), escape(arm), cells[0], told, bed])
+    header = ["method", "arm", "best rate", "the plain baseline's", "what was trained"]
+    return table(header, lines, "Learning rates")
+
+
 def claims(book: Path) -> str:
     """One table of all claims, which the script beside it sorts and filters."""
     rows = []
@@ -208,6 +261,44 @@ def gpu_results(book: Path, key: str, hardware: list[str]) -> str:
             names = ", ".join(Path(file).name for file in files)
             lines.append(escape(f"{path.stem}, {part}: older than {names}"))
     return "<br>".join(lines)
+
+
+def scaling(book: Path) -> str:
+    """Steps on one and on two devices, from `results/scaling.json`, if there."""
+    if not (book / "results" / "scaling.json").exists():
+        return ""
+    parts = stored("scaling")
+    ms = {
+        (part, row["method"], row["processes"]): row["ms_per_step"]
+        for part in ("strong", "weak")
+        for row in parts.get(part, {}).get("rows", [])
+    }
+    rows = []
+    for part, method, processes in ms:
+        if (part, processes) == ("strong", 1):
+            one, half, two = (
+                ms.get(key)
+                for key in (
+                    (part, method, 1),
+                    (part, method, 2),
+                    ("weak", method, 2),
+                )
+            )
+            cells = [f"{one:.0f}"]
+            cells += [f"{half:.0f}", f"{one / half:.2f}"] if half else ["", ""]
+            cells += [f"{two:.0f}", f"{2 * one / two:.2f}"] if two else ["", ""]
+            rows.append([escape(method), *cells])
+    header = [
+        "method",
+        "one device, ms a step",
+        "two, half the batch each, ms",
+        "times as fast",
+        "two, the whole batch each, ms",
+        "times the tokens a second",
+    ]
+    day = parts["strong"]["provenance"]
+    told = f"{parts['strong']['setting']}. {day['hardware']}, {day['date']}."
+    return f"<p>{escape(told)}</p>" + table(header, rows, "Steps on two devices")
 
 
 def official(paper: PaperInfo) -> str:
@@ -286,7 +377,9 @@ class _Made(SphinxDirective):
 TABLES = {
     "chooser": chooser,
     "claims": claims,
+    "rates": rates,
     "reading": reading,
+    "scaling": scaling,
     "status": status,
 }
 

@@ -3,36 +3,51 @@
 Papers:
 
     lora            W stays, a low-rank correction s·B·A is trained beside it
+    svfit           the singular values of W trained, its singular vectors frozen
     randlora        a full-rank update out of frozen random bases and trained diagonals
     nola            LoRA's factors as mixtures of random matrices: a seed and some coefficients
+    lora_sb         a trained r x r core between frozen frames, taken from the first gradient
 
 Companions:
 
     dora_pissa      two relatives of LoRA that chapters use as baselines
     embedding_conv  LoRA on embeddings and convolutions
+    gradient_start  LoRA-SB's gradient pass, and the start of a whole model
     nola_bases      NOLA's random matrices, drawn block by block
     nola_bits       NOLA's coefficients in a few bits
     nola_file       NOLA's smallest file
     peft_format     exchange with huggingface/peft's folders
     randlora_bases  RandLoRA's frozen random matrices
+    singular_core   SVFit with an r × r matrix in place of its r values: a control
+    singular_pairs  which singular vectors SVFit trains, and its controls
+    svd_frames      LoRA-XS: frames from the pretrained weight, and random ones
 """
 
 from lowrank_ref.adapters.dora_pissa import DoRALinear, PiSSALinear
 from lowrank_ref.adapters.embedding_conv import LoRAConv2d, LoRAEmbedding
+from lowrank_ref.adapters.gradient_start import start_lora_sb
 from lowrank_ref.adapters.lora import LoRALinear, lora_plus_groups, lora_scaling, rslora_scaling
+from lowrank_ref.adapters.lora_sb import LoRASBLinear
 from lowrank_ref.adapters.nola import NOLALinear
 from lowrank_ref.adapters.nola_file import load_packed, save_packed
 from lowrank_ref.adapters.peft_format import load_peft, save_peft
 from lowrank_ref.adapters.randlora import RandLoRALinear
+from lowrank_ref.adapters.singular_core import SingularCoreLinear
+from lowrank_ref.adapters.svd_frames import LoRAXSLinear
+from lowrank_ref.adapters.svfit import SVFitLinear
 
 __all__ = [
     "DoRALinear",
     "LoRAConv2d",
     "LoRAEmbedding",
     "LoRALinear",
+    "LoRASBLinear",
+    "LoRAXSLinear",
     "NOLALinear",
     "PiSSALinear",
     "RandLoRALinear",
+    "SVFitLinear",
+    "SingularCoreLinear",
     "load_packed",
     "load_peft",
     "lora_plus_groups",
@@ -40,4 +55,5 @@ __all__ = [
     "rslora_scaling",
     "save_packed",
     "save_peft",
+    "start_lora_sb",
 ]

@@ -57,13 +57,25 @@ class DoRALinear(LoRALinear):
     Same arguments as `LoRALinear`; m more trained numbers. A step costs what a trained layer costs: its backward needs
     the gradient of the whole weight. A weight with a zero row, which has no direction, raises a ValueError, and so does
     a first forward on another weight than the layer was built on.
+
+    Args:
+        detach_norm: treat ‖V‖ as a constant in backward, as the paper's section 4.3 and PEFT do. False makes W + s·BA
+            anew in every step and takes the gradient through its norm too: slower, same function.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.adapters import DoRALinear
+        >>> layer = DoRALinear(nn.Linear(4, 3), rank=2)
+        >>> {name: tuple(p.shape) for name, p in layer.adapter_parameters().items()}
+        {'A': (2, 4), 'B': (3, 2), 'magnitude': (3,)}
     """
 
     adapter_names = ("A", "B", "magnitude")
     starts_from_weight = True
 
-    def __init__(self, base: nn.Module, rank: int = 8, **options: Any) -> None:
+    def __init__(self, base: nn.Module, rank: int = 8, *, detach_norm: bool = True, **options: Any) -> None:
         super().__init__(base, rank, **options)
+        self.detach_norm = detach_norm
         norms = row_norms(weight_of(base), self.A, self.B, self.scale)  # B = 0: those of W
         if not bool((norms > 0).all()):
             raise ValueError(
@@ -74,17 +86,21 @@ class DoRALinear(LoRALinear):
     def delta_weight(self) -> Float[Tensor, "m n"]:
         """Return m ⊙ V/‖V‖ - W with V = W + s·BA."""
         W = weight_of(self.base).to(self.A.dtype)
-        return dora_weight(W + super().delta_weight(), self.magnitude) - W
+        return dora_weight(W + super().delta_weight(), self.magnitude, detach_norm=self.detach_norm) - W
 
     def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return what has to be added to xWᵀ to give m/‖V‖ ⊙ (xWᵀ + s·B(A·dropout(x)))."""
         W = weight_of(self.base)
-        gain = self.magnitude / row_norms(W, self.A, self.B, self.scale)
+        if self.detach_norm:
+            norms = row_norms(W, self.A, self.B, self.scale)
+        else:
+            norms = (W.to(self.A.dtype) + super().delta_weight()).norm(dim=1)
+        gain = self.magnitude / norms
         return (gain - 1) * F.linear(x, W.to(self.A.dtype)) + gain * super().update(x)
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return base(x) + x ΔWᵀ, shape (..., m): by `dora_linear` where base and update read the same x."""
-        if not self.as_one(x):
+        if not self.detach_norm or not self.as_one(x):
             return AdaptedLinear.forward(self, x)
         bias = cast(Any, self.base.bias)
         return dora_linear(x, weight_of(self.base), bias, self.A, self.B, self.magnitude, self.scale)
@@ -94,6 +110,14 @@ class PiSSALinear(LoRALinear):
     """LoRA that starts A and B at the principal singular triples of W, and subtracts that start (arXiv 2404.02948).
 
     Same arguments as `LoRALinear`; no randomness. Exported, it is an ordinary LoRA of rank 2r.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.adapters import PiSSALinear
+        >>> layer = PiSSALinear(nn.Linear(4, 3), rank=2)
+        >>> A, B, scale = layer.lora_factors()
+        >>> A.shape, B.shape
+        (torch.Size([4, 4]), torch.Size([3, 4]))
     """
 
     starts_from_weight = True

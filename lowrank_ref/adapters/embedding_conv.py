@@ -26,6 +26,16 @@ class LoRAEmbedding(Adapter):
         alpha: α > 0; the scale is `scaling(alpha, rank)`.
         scaling: `lora_scaling` or `rslora_scaling`.
         generator: source of B.
+
+    Raises:
+        TypeError, ValueError: another base, or an argument out of range.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_ref.adapters import LoRAEmbedding
+        >>> layer = LoRAEmbedding(torch.nn.Embedding(7, 5), rank=2)
+        >>> layer(torch.tensor([0, 6])).shape
+        torch.Size([2, 5])
     """
 
     adapter_names = ("A", "B")
@@ -84,6 +94,16 @@ class LoRAConv2d(Adapter):
         dropout: probability in [0, 1) of zeroing an input of the update (not of the base).
         scaling: `lora_scaling` or `rslora_scaling`.
         generator: source of A.
+
+    Raises:
+        TypeError, ValueError: another base, one with a `forward` of its own, or an argument out of range.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_ref.adapters import LoRAConv2d
+        >>> layer = LoRAConv2d(torch.nn.Conv2d(3, 4, kernel_size=3, stride=2), rank=2)
+        >>> layer(torch.ones(1, 3, 7, 7)).shape, layer.A.shape, layer.B.shape
+        (torch.Size([1, 4, 3, 3]), torch.Size([2, 3, 3, 3]), torch.Size([4, 2, 1, 1]))
     """
 
     adapter_names = ("A", "B")

@@ -22,7 +22,7 @@ then none. Embeddings and convolutions are in `embedding_conv.py`, the relatives
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -111,10 +111,15 @@ class LoRALinear(AdaptedLinear):
         scaling: `lora_scaling` or `rslora_scaling`.
         generator: source of A.
 
+    A subclass that changes the update overrides `delta_weight`, `update` and `step_factors` together: a merge uses the
+    first, forward one of the other two.
+
     Raises:
         TypeError, ValueError: base is no floating-point linear layer; rank, alpha or dropout out of range.
 
     Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.adapters import LoRALinear
         >>> layer = LoRALinear(nn.Linear(4, 3), rank=2, alpha=4)
         >>> layer.delta_weight().abs().max().item(), layer.scale
         (0.0, 2.0)
@@ -162,7 +167,8 @@ class LoRALinear(AdaptedLinear):
         """Return base(x) + x ΔWᵀ, shape (..., m): by `lora_linear` where base and update read the same x."""
         if not self.as_one(x):
             return super().forward(x)
-        return lora_linear(x, weight_of(self.base), cast(Any, self.base.bias), *self.step_factors())
+        base: Any = self.base
+        return lora_linear(x, weight_of(base), base.bias, *self.step_factors())
 
     def lora_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return (A, B, s) with ΔW = s·BA (before DoRA rescales): what export to PEFT's format writes."""

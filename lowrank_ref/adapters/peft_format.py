@@ -51,6 +51,18 @@ def save_peft(
         ValueError: another kind of adapter, one of rank 0, an adapter whose base trains too or is a convolution that
             PEFT would adapt in another way, an adapted or trained module that stands at two places (PEFT would take
             them apart), a trained module without a forward (`nn.ModuleList`), or what `write_peft` refuses.
+
+    Example:
+        >>> from functools import partial
+        >>> from tempfile import TemporaryDirectory
+        >>> from torch import nn
+        >>> from lowrank_ref import LoRALinear, load_peft, save_peft, replace_linears
+        >>> make = lambda: replace_linears(nn.Sequential(nn.Linear(6, 2)), "0", partial(LoRALinear, rank=2))
+        >>> with TemporaryDirectory() as folder:
+        ...     save_peft(make(), folder)
+        ...     model = load_peft(nn.Sequential(nn.Linear(6, 2)), folder)
+        >>> model[0].rank
+        2
     """
     task_type, named = task_name(task_type), _named(model)
     layers = {path: _entry(path, layer) for path, layer in named.items() if isinstance(layer, Adapter)}
@@ -98,6 +110,16 @@ def load_peft(model: Model, folder: str | Path) -> Model:
         ValueError: what `read_peft` refuses, a model in DDP (which would not see the new parameters), or a module or
             tensor that the model lacks, that the file lacks, that has another shape, that the model's dtype cannot hold
             or that PEFT computes in another way; all are listed.
+
+    Example:
+        >>> from functools import partial
+        >>> from tempfile import TemporaryDirectory
+        >>> from torch import nn
+        >>> from lowrank_ref import LoRALinear, load_peft, replace_linears, save_peft
+        >>> with TemporaryDirectory() as folder:
+        ...     save_peft(replace_linears(nn.Sequential(nn.Linear(6, 2)), "0", partial(LoRALinear, rank=2)), folder)
+        ...     print(load_peft(nn.Sequential(nn.Linear(6, 2)), folder)[0].extra_repr())
+        6 -> 2, rank 2
     """
     if any(isinstance(m, nn.DataParallel | nn.parallel.DistributedDataParallel) for m in model.modules()):
         raise ValueError("model: got one wrapped for parallel training, wanted it plain: load first, then wrap")

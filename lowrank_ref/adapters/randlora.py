@@ -119,6 +119,8 @@ class RandLoRALinear(AdaptedLinear):
         TypeError, ValueError: base is no floating-point linear layer; an argument out of range.
 
     Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.adapters import RandLoRALinear
         >>> layer = RandLoRALinear(nn.Linear(64, 64), rank=4)
         >>> sum(p.numel() for p in layer.adapter_parameters().values()), len(layer.lam)
         (1088, 16)

@@ -98,6 +98,14 @@ class RandomBases:
 
     Raises:
         TypeError, ValueError: rank is no integer >= 1, sparsity not in [1, 1000], or an unknown distribution.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_ref.adapters.randlora_bases import shared_bases
+        >>> bases = shared_bases(0, 4, "uniform", 1.0, torch.device("cpu"), torch.float32)
+        >>> bases.grow(blocks=2, D=16, d=8)
+        >>> bases.A.shape
+        torch.Size([4, 8])
     """
 
     def __init__(

@@ -42,10 +42,7 @@ from lowrank_ref.core.registry import PaperInfo
 
 
 def factor_sites(size: int) -> tuple[int, ...]:
-    """Return the prime factors of a dimension, rising, the most significant digit first; () for size 1.
-
-    Raises:
-        TypeError, ValueError: size is not an integer >= 1.
+    """Return the prime factors of a dimension >= 1, rising, the most significant digit first; () for size 1.
 
     Example:
         >>> factor_sites(384), factor_sites(7)
@@ -118,6 +115,13 @@ class Profile:
         left: D_1, ..., D_{N-1}: sizes of the part left of each cut.
         entropy: S_1, ..., S_{N-1} in nats, float64, on the CPU.
         boundary: index in both of the row|column cut, where left = m.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_ref.analysis import entropy_profile
+        >>> profile = entropy_profile(torch.eye(4))
+        >>> profile.left, round(profile.bits[profile.boundary].item(), 6)
+        ((2, 4, 8), 2.0)
     """
 
     left: tuple[int, ...]

@@ -139,6 +139,8 @@ class MPSLinear(AdaptedLinear):
         TypeError, ValueError: base is no floating-point linear layer; rank, bond or alpha out of range.
 
     Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.analysis import MPSLinear
         >>> layer = MPSLinear(nn.Linear(12, 10), rank=8, bond=4)
         >>> layer.G1.shape, layer.G2.shape, layer.B.shape
         (torch.Size([8, 3, 4]), torch.Size([4, 4]), torch.Size([10, 8]))

@@ -10,8 +10,16 @@ Companions:
     maestro_training  samplers and the shrinker that act while it trains
 """
 
-from lowrank_ref.compression.maestro import MaestroLinear, group_lasso, importance, ranks_within
-from lowrank_ref.compression.maestro_layers import MaestroConv2d, decompose, deployed, maestro_layers, penalty, resorted
+from lowrank_ref.compression.maestro import MaestroLinear, group_lasso, importance, ranks_within, strengths
+from lowrank_ref.compression.maestro_layers import (
+    MaestroConv2d,
+    decompose,
+    deployed,
+    maestro_layers,
+    penalty,
+    ranks_by_loss,
+    resorted,
+)
 from lowrank_ref.compression.maestro_training import JointRankSampler, RankSampler, RankShrinker
 
 __all__ = [
@@ -26,6 +34,8 @@ __all__ = [
     "importance",
     "maestro_layers",
     "penalty",
+    "ranks_by_loss",
     "ranks_within",
     "resorted",
+    "strengths",
 ]

@@ -10,15 +10,16 @@ a working network. Horváth et al., "Maestro: Uncovering Low-Rank Structures via
 | nested objective: mean over all (layer, b)            | `rank_pairs`; `RankSampler` in `maestro_training.py` |
 | R = Σ_b ‖A[b:]‖ + ‖B[:, b:]‖, hierarchical lasso      | `group_lasso`                                        |
 | I_b = ‖A[b:]‖·‖B[:, b:]‖, keep I_b >= ε               | `importance`; `RankShrinker`                         |
-| raise the threshold until a budget is met, then slice | `ranks_within`; `deployed` in `maestro_layers.py`    |
+| ‖A_b‖·‖B_b‖, the same without tails                   | `strengths`                                          |
+| cut to a budget, then slice (the code has no budget)  | `ranks_within`; `deployed` in `maestro_layers.py`    |
 
 Letters: W (m, n), A (r, n), B (m, r), r = min(m, n); "b:" means components b to r, counted from 1. A convolution is its
 matrix (m, C·k·k). Equations carry no numbers here: they follow the official code, in the letters of this book.
 
 Deviations. Ranks are integers; the official code passes b/r and takes ⌈r·(b/r)⌉, which rounding can raise by one.
 What was dropped cannot come back; there, a mask may grow again. Dropped rows stay in the penalty, as there. A layer
-keeps at least one component. Roots carry +1e-12, since the gradient of √0 is not a number. Left out: the distillation
-pass (off in the official scripts) and plain, not hierarchical norms.
+keeps at least one component; there, none may be left. Roots carry +1e-12, as the gradient of √0 is not a number. Left
+out: the pass of the whole network as teacher (on by default there, off in the scripts) and the lasso of single rows.
 
 Cost per layer: r(m+n) trained numbers, up to twice the dense layer's mn; cut at b, b(m+n) numbers and 2b(m+n) FLOPs a
 token. `deployed` builds small layers, or dense ones where b(m+n) > mn. Convolutions and surgery: `maestro_layers.py`;
@@ -26,7 +27,7 @@ samplers and shrinking: `maestro_training.py`. Works under DDP if all processes 
 """
 
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -38,16 +39,9 @@ from lowrank_ref.core.layers import WeightLayer, is_conv1d, linear_like, weight_
 from lowrank_ref.core.linalg import svd
 from lowrank_ref.core.registry import PaperInfo
 
-Model = TypeVar("Model", bound=nn.Module)
-
 
 def prefix_product(A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], rank: int) -> Float[Tensor, "m n"]:
-    """Return B[:, :b]·A[:b], the weight after a cut at b = rank, 1 <= rank <= r.
-
-    Example:
-        >>> prefix_product(torch.tensor([[1.0, 2.0], [5.0, 5.0]]), torch.tensor([[3.0, 1.0], [0.0, 1.0]]), 1).tolist()
-        [[3.0, 6.0], [0.0, 0.0]]
-    """
+    """Return B[:, :b]·A[:b], the weight after a cut at b = rank, 1 <= rank <= r."""
     check_rank(rank, (B.shape[1], A.shape[0]))
     return B[:, :rank] @ A[:rank]
 
@@ -97,6 +91,11 @@ def importance(A: Float[Tensor, "r n"], B: Float[Tensor, "m r"]) -> Float[Tensor
     return tail_norms(A) * tail_norms(B.T)
 
 
+def strengths(A: Float[Tensor, "r n"], B: Float[Tensor, "m r"]) -> Float[Tensor, " r"]:
+    """Return ‖A_b‖·‖B_b‖ for every b, the norm of component b's part of the product; after an SVD it is σ_b."""
+    return A.norm(dim=1) * B.norm(dim=0)
+
+
 def rank_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
     """Return all pairs (layer, b) with 1 <= b <= ranks[layer]: one pass of the sampler, before it is shuffled."""
     return [(layer, b) for layer, rank in enumerate(ranks) for b in range(1, rank + 1)]
@@ -105,8 +104,11 @@ def rank_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
 def ranks_within(importances: Sequence[Float[Tensor, " _"]], costs: Sequence[float], budget: float) -> list[int]:
     """Return the ranks left by the lowest common threshold whose layers together cost at most the budget.
 
+    A layer's rank is the number of its components at or above the threshold.
+
     Args:
-        importances: one falling sequence per layer, such as `importance(A, B)` or singular values.
+        importances: one sequence per layer. `strengths(A, B)` or singular values, divided by the norm of the layer's,
+            allot well; `importance(A, B)` does not: a tail of many small components looks strong, so wide layers win.
         costs: price of one component of each layer, > 0: m + n for parameters, times the places for FLOPs.
         budget: what Σ rank·cost may reach.
 
@@ -133,25 +135,22 @@ def ranks_within(importances: Sequence[Float[Tensor, " _"]], costs: Sequence[flo
     return found
 
 
-def filled(layer: Model, weight: Tensor, bias: Tensor | None) -> Model:
-    """Give an ordinary layer copies of these tensors as its parameters."""
-    layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
-    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
-    return layer
-
-
 class MaestroLinear(WeightLayer):
     """A linear layer as the product of two trained factors, of which the first `width` components act.
 
     Args:
-        A: (r, n); B: (m, r); bias: (m,) or None. The layer trains copies of them.
+        A: (r, n); B: (m, r); bias: (m,) or None. The layer trains copies of them; floating-point matrices that do not
+            fit together, or are none, raise a TypeError or ValueError.
 
     Attributes:
         rank: components kept; it falls from r as training shrinks the layer, and travels in the state dict.
         cut: components in use in training mode, or None for all that are kept. Set by a sampler, not saved.
 
-    Raises:
-        TypeError, ValueError: factors that are no floating-point matrices, or do not fit together.
+    Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.compression import MaestroLinear
+        >>> MaestroLinear.from_linear(nn.Linear(8, 6)).plain(rank=1)[0]
+        Linear(in_features=8, out_features=1, bias=False)
     """
 
     is_product, weight = True, property(lambda self: self.dense_weight(self.width))
@@ -246,5 +245,5 @@ PAPER = PaperInfo(
     ),
     aliases=("ordered dropout", "low-rank ordered decomposition", "LoD", "progressive shrinking", "nested networks"),
     status="draft",
-    verified="2026-11-24",
+    verified="2026-11-28",
 )

@@ -1,7 +1,7 @@
 """Maestro on whole models: the convolution, and surgery in both directions. The equations are in `maestro.py`."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -9,11 +9,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_ref.compression.maestro import MaestroLinear, filled, group_lasso, nested_optimum
-from lowrank_ref.core.checks import check_floating
+from lowrank_ref.compression.maestro import MaestroLinear, group_lasso, nested_optimum
+from lowrank_ref.core.checks import check_floating, check_number
 from lowrank_ref.core.layers import is_linear, put_in_place, replace_modules
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+def filled(layer: Model, weight: Tensor, bias: Tensor | None) -> Model:
+    """Give an ordinary layer copies of these tensors as its parameters."""
+    layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+    return layer
 
 
 class MaestroConv2d(MaestroLinear):
@@ -22,6 +29,13 @@ class MaestroConv2d(MaestroLinear):
     Args:
         A: (r, C·k·k); B: (m, r); bias: (m,) or None.
         like: the convolution whose kernel size, stride, padding and dilation to take.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.compression import MaestroConv2d
+        >>> layer = MaestroConv2d.from_conv2d(nn.Conv2d(3, 4, kernel_size=3))
+        >>> layer.rank, [tuple(conv.weight.shape) for conv in layer.plain(rank=1)]
+        (4, [(1, 3, 3, 3), (4, 1, 1, 1)])
     """
 
     def __init__(self, A: Tensor, B: Tensor, bias: Tensor | None, *, like: nn.Conv2d) -> None:
@@ -137,6 +151,47 @@ def resorted(model: Model) -> Model:
         layer.A.copy_(A[: len(layer.A)])
         layer.B.copy_(B[:, : len(layer.A)])
     return model
+
+
+@torch.no_grad()
+def ranks_by_loss(
+    model: nn.Module, loss: Callable[[nn.Module], float | Tensor], costs: Sequence[float], budget: float
+) -> list[int]:
+    """Return the ranks that a greedy search on the loss leaves within a budget, each at least 1.
+
+    Every round tries to take a tenth of the components, at least one, from each layer in turn, and does so where
+    the loss rises least per cost saved. No retraining.
+
+    Args:
+        model: stays as it is; the search begins at the ranks that its layers keep.
+        loss: what to keep low, such as the loss of one large training batch; gets a copy in evaluation mode.
+        costs, budget: as for `ranks_within`.
+
+    Raises:
+        ValueError: no Maestro layer, another number of costs, or rank 1 everywhere is already too much.
+    """
+    model = copy.deepcopy(model).eval()
+    layers = [layer for _, layer in maestro_layers(model)]
+    if not layers or len(layers) != len(costs):
+        raise ValueError(f"costs: got {len(costs)}, wanted one for each of {len(layers)} layers, at least one")
+    for cost in costs:
+        check_number("costs", float(cost), low=0, open_low=True)
+    check_number("budget", budget)
+    if sum(costs) > budget:
+        raise ValueError(f"budget: got {budget}, wanted at least {sum(costs)}, the price of rank 1 everywhere")
+    now = float(loss(model))
+    while sum(layer.rank * cost for layer, cost in zip(layers, costs)) > budget:
+        tries: list[tuple[float, int, int, float]] = []
+        for place, (layer, cost) in enumerate(zip(layers, costs)):
+            if layer.rank > 1:
+                old, fewer = layer.rank, max(1, layer.rank // 10)
+                layer.rank = old - fewer
+                then = float(loss(model))
+                layer.rank = old
+                tries.append(((then - now) / (fewer * cost), place, old - fewer, then))
+        _, place, rank, now = min(tries)
+        layers[place].rank = rank
+    return [layer.rank for layer in layers]
 
 
 def deployed(model: Model, ranks: Sequence[int] | None = None) -> Model:

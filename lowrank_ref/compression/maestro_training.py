@@ -21,7 +21,7 @@ class RankSampler(Action):
     """Ordered dropout on ranks: cut one layer in each step, so that all (layer, b) come once a pass, mixed.
 
     The first cut is set here, the next after every step of the optimizer. Cuts act in training mode only. A new pass
-    begins when one is over and when a layer has shrunk; the official sampler also begins one with every epoch.
+    begins when one is over and when a layer has shrunk; the official one, if it shrinks, with every epoch.
 
     Args:
         model: holds at least one Maestro layer.
@@ -30,6 +30,15 @@ class RankSampler(Action):
 
     Raises:
         ValueError: no Maestro layer.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_ref.compression import MaestroLinear, RankSampler
+        >>> model = torch.nn.Sequential(MaestroLinear.from_linear(torch.nn.Linear(4, 3)))
+        >>> sampler = RankSampler(model, generator=torch.Generator())
+        >>> optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        >>> sampler.attach(optimizer).attached, 1 <= model[0].width <= 3
+        (True, True)
     """
 
     def __init__(self, model: nn.Module, *, generator: torch.Generator | None = None) -> None:
@@ -89,6 +98,14 @@ class JointRankSampler(RankSampler):
     """Cut every layer in every step, each at its own b, uniform on 1 to its rank: trains for cuts of all layers.
 
     The official repository has it too, as `IndependentSampler`.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_ref.compression import JointRankSampler, MaestroLinear
+        >>> model = torch.nn.Sequential(*(MaestroLinear.from_linear(torch.nn.Linear(4, 4)) for _ in range(3)))
+        >>> sampler = JointRankSampler(model, generator=torch.Generator())
+        >>> all(1 <= layer.width <= 4 for layer in model)
+        True
     """
 
     def act(self) -> None:
@@ -125,6 +142,14 @@ class RankShrinker(Action):
 
     Raises:
         TypeError, ValueError: an option out of range, or no Maestro layer.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_ref.compression import MaestroLinear, RankShrinker
+        >>> model = torch.nn.Sequential(MaestroLinear(torch.eye(3)[:2], torch.eye(3)[:, :2] * torch.tensor([1.0, 0.0])))
+        >>> RankShrinker(model, threshold=0.1, every=1).step()
+        >>> model[0].rank
+        1
     """
 
     def __init__(self, model: nn.Module, *, threshold: float = 1e-5, every: int) -> None:

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+#: How many lines a printed report shows.
+MOST = 64
+
 
 def numel(tensors: Iterable[Tensor]) -> int:
     """Count the numbers in all tensors, each tensor once."""
@@ -48,7 +51,7 @@ def linear_flops(tokens: int, m: int, n: int) -> int:
 
 @dataclass(frozen=True)
 class ParameterReport:
-    """What trains in a model. `print` it, or read the numbers.
+    """What trains in a model. `print` it (a long list is cut), or read the numbers.
 
     Attributes:
         trainable: count of trained numbers.
@@ -63,7 +66,10 @@ class ParameterReport:
     def __str__(self) -> str:
         width = max([len(name) for name, _, _ in self.rows] + [len("parameter")])
         lines = [f"{'parameter':{width}}  {'shape':>14}  {'numbers':>10}"]
-        lines += [f"{name:{width}}  {'×'.join(map(str, shape)):>14}  {n:>10,}" for name, shape, n in self.rows]
+        shown = self.rows if len(self.rows) <= MOST else self.rows[: MOST - 1]
+        lines += [f"{name:{width}}  {'×'.join(map(str, shape)):>14}  {n:>10,}" for name, shape, n in shown]
+        if rest := self.rows[len(shown) :]:
+            lines.append(f"{f'and {len(rest)} more':{width}}  {'':>14}  {sum(n for _, _, n in rest):>10,}")
         share = 100 * self.trainable / self.total if self.total else 0.0
         return "\n".join([*lines, f"trains {self.trainable:,} of {self.total:,} numbers ({share:.2f} %)"])
 
@@ -72,6 +78,8 @@ def parameter_report(model: nn.Module) -> ParameterReport:
     """Say which parameters train and how many numbers they hold. Shared parameters count once.
 
     Example:
+        >>> from torch import nn
+        >>> from lowrank_ref import parameter_report
         >>> print(parameter_report(nn.Linear(3, 2)))
         parameter           shape     numbers
         weight                2×3           6

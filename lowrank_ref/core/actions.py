@@ -34,6 +34,8 @@ class Action:
     `optimizer` attaches to that one only.
 
     Example:
+        >>> import torch
+        >>> from lowrank_ref.core.actions import Action
         >>> class Counter(Action):
         ...     steps, state_names = 0, ("steps",)
         ...     def act(self):

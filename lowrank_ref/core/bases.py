@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_ref.core.products import is_plain
+from lowrank_ref.core.products import autocasts, is_plain
 from lowrank_ref.core.weights import current, has_own_forward, is_conv1d, updated, weight_of, with_weight
 
 
@@ -38,6 +38,21 @@ class Adapter(nn.Module, metaclass=_FreezesLast):
     Raises:
         TypeError: the base is an adapter already.
         ValueError: the base's weight has been offloaded by accelerate, or is on the meta device and the start needs it.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lowrank_ref.core.layers import Adapter
+        >>> class Shift(Adapter):  # adds one trained number to every weight
+        ...     adapter_names = ("shift",)
+        ...     def __init__(self, base):
+        ...         super().__init__(base)
+        ...         self.shift = nn.Parameter(torch.ones(()))
+        ...     def delta_weight(self):
+        ...         return self.shift.expand_as(self.base.weight)
+        >>> layer = Shift(nn.Embedding(5, 3))
+        >>> torch.equal(layer.merged().weight, layer.base.weight + 1)
+        True
     """
 
     adapter_names: tuple[str, ...] = ()
@@ -90,11 +105,10 @@ class Adapter(nn.Module, metaclass=_FreezesLast):
         float16 is too narrow for what lies between two factors, also under autocast: there the update has float32.
         """
         self.check_start()
-        kind = x.device.type
-        own = next(iter(self.adapter_parameters().values())).dtype
-        x = x.to(own) if x.is_floating_point() and not torch.is_autocast_enabled(kind) else x
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
-            with torch.autocast(kind, enabled=False):
+        own, on = next(iter(self.adapter_parameters().values())).dtype, autocasts(x)
+        x = x.to(own) if x.is_floating_point() and not on else x
+        if on and torch.get_autocast_dtype(x.device.type) == torch.float16:
+            with torch.autocast(x.device.type, enabled=False):
                 return (out + update(x.to(own) if x.is_floating_point() else x)).to(out.dtype)
         return (out + update(x)).to(out.dtype)
 
@@ -166,6 +180,20 @@ class AdaptedLinear(Adapter):
 
     Raises:
         TypeError: no such layer, or one whose forward takes or returns something else than (..., n) and (..., m).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lowrank_ref.core.layers import AdaptedLinear
+        >>> class Rows(AdaptedLinear):  # trains one factor a row, ΔW = diag(g)·W
+        ...     adapter_names = ("g",)
+        ...     def __init__(self, base):
+        ...         super().__init__(base)
+        ...         self.g = nn.Parameter(torch.zeros(self.out_features))
+        ...     def delta_weight(self):
+        ...         return self.g[:, None] * self.base.weight
+        >>> Rows(nn.Linear(4, 3))(torch.ones(2, 4)).shape
+        torch.Size([2, 3])
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -190,7 +218,7 @@ class AdaptedLinear(Adapter):
     def as_one(self, x: Tensor) -> bool:
         """Tell whether base and update may be computed as one product: both read this x, and the base is plain."""
         self.check_start()
-        return (self.is_product or not self.training) and is_plain(self.base, x)
+        return (not self.training or self.is_product) and is_plain(self.base, x)
 
     def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return x ΔWᵀ."""
@@ -210,6 +238,14 @@ class WeightLayer(nn.Module):
     """Base class of layers that *are* the weight, in the place of a linear layer. With them, the whole model trains.
 
     A subclass that defines `dense_weight()` and computes x Wᵀ + b with it, and nothing else, says so by `is_product`.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.lowbit import BitLinear
+        >>> from lowrank_ref.core.layers import WeightLayer, replace_linears
+        >>> model = replace_linears(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), "0", BitLinear)
+        >>> isinstance(model[0], WeightLayer), all(p.requires_grad for p in model.parameters())
+        (True, True)
     """
 
     #: Whether the rest of the model trains too; what is made for inference says False.

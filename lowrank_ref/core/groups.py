@@ -25,6 +25,8 @@ def optimizer_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
         TypeError, ValueError: lr or weight_decay out of range, or nothing trains.
 
     Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.core.groups import optimizer_groups
         >>> from lowrank_ref.ranks import SoRALinear
         >>> decayed, spared = optimizer_groups(SoRALinear(nn.Linear(6, 4), rank=2), lr=0.1, weight_decay=0.5)
         >>> [tuple(p.shape) for p in decayed["params"]], [tuple(p.shape) for p in spared["params"]]

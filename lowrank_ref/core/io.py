@@ -337,6 +337,19 @@ def save_adapters(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         ValueError: no adapter, a tensor with NaN or infinity, or what `save_tensors` refuses.
+
+    Example:
+        >>> from functools import partial
+        >>> from tempfile import TemporaryDirectory
+        >>> from torch import nn
+        >>> from lowrank_ref import LoRALinear, load_adapters, save_adapters, replace_linears
+        >>> make = lambda: replace_linears(nn.Sequential(nn.Linear(6, 2)), "0", partial(LoRALinear, rank=2))
+        >>> trained, fresh = make(), make()
+        >>> with TemporaryDirectory() as folder:
+        ...     save_adapters(trained, f"{folder}/mine.safetensors")
+        ...     load_adapters(fresh, f"{folder}/mine.safetensors")
+        >>> bool((fresh[0].A == trained[0].A).all())
+        True
     """
     state = cpu_copies(_trained_state(model))
     for name, tensor in state.items():
@@ -357,6 +370,20 @@ def load_adapters(model: nn.Module, path: str | Path) -> None:
         ValueError: the file is damaged or of another kind; a name, shape, class or number (rank, scale) differs; a
             value is not finite or does not fit the model's dtype; or a layer refuses its state. All that was found is
             listed.
+
+    Example:
+        >>> from functools import partial
+        >>> from tempfile import TemporaryDirectory
+        >>> from torch import nn
+        >>> from lowrank_ref import LoRALinear, load_adapters, replace_linears, save_adapters
+        >>> model = replace_linears(nn.Sequential(nn.Linear(6, 2)), "0", partial(LoRALinear, rank=2))
+        >>> with TemporaryDirectory() as folder:  # keep two sets, and swap them by loading one over the other
+        ...     save_adapters(model, f"{folder}/a")
+        ...     _ = model[0].B.data.fill_(1.0)
+        ...     save_adapters(model, f"{folder}/b")
+        ...     load_adapters(model, f"{folder}/a")
+        >>> model[0].B.abs().max().item()
+        0.0
     """
     path = Path(path)
     tensors, metadata = _load(path, "adapters")

@@ -166,7 +166,8 @@ def replace_linears(
 
     Example:
         >>> from functools import partial
-        >>> from lowrank_ref.adapters import LoRALinear
+        >>> from torch import nn
+        >>> from lowrank_ref import LoRALinear, replace_linears
         >>> model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
         >>> _ = replace_linears(model, r"^0$", partial(LoRALinear, rank=2))
         >>> [name for name, p in model.named_parameters() if p.requires_grad]
@@ -184,6 +185,15 @@ def merge_adapters(model: Model) -> Model:
     Raises:
         TypeError: a base has hooks or a `forward` of its own, which the merge would lose. The model is unchanged.
         ValueError: the model holds no adapter or is one itself, or an update is not finite. The model is unchanged.
+
+    Example:
+        >>> from functools import partial
+        >>> from torch import nn
+        >>> from lowrank_ref import LoRALinear, merge_adapters, replace_linears
+        >>> merge_adapters(replace_linears(nn.Sequential(nn.Linear(6, 2)), "0", partial(LoRALinear, rank=2)))
+        Sequential(
+          (0): Linear(in_features=6, out_features=2, bias=True)
+        )
     """
     found = _found(model)
     merged = {}
@@ -214,7 +224,8 @@ def disabled(model: Model) -> Iterator[Model]:
 
     Example:
         >>> from functools import partial
-        >>> from lowrank_ref.adapters import LoRALinear
+        >>> from torch import nn
+        >>> from lowrank_ref import LoRALinear, disabled, replace_linears
         >>> model = replace_linears(nn.Sequential(nn.Linear(6, 2)), "0", partial(LoRALinear, rank=2))
         >>> with disabled(model):
         ...     print(model)

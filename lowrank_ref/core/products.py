@@ -4,7 +4,8 @@ Each function equals a definition up to rounding; the tests hold the two togethe
 
 | here              | equals                                         | keeps for backward, beside x and W         |
 |-------------------|------------------------------------------------|--------------------------------------------|
-| `lora_linear`     | x Wᵀ + b + `lora.lora_update`                  | A and B in x's dtype, s·xAᵀ (tokens, r)    |
+| `lora_linear`     | x Wᵀ + b + `lora.lora_update`                  | A and B in x's dtype, s·xAᵀ (tokens, r);   |
+|                   |                                                | large r under autocast: x, W + s·BA        |
 | `dora_linear`     | x V'ᵀ + b, V' = `dora_pissa.dora_weight`   | A and B in x's dtype, m gains              |
 | `randlora_linear` | x Wᵀ + b + x ΔWᵀ, ΔW = `randlora.delta_weight` | the diagonals, and ΔW (fused: W + ΔW)      |
 
@@ -12,7 +13,7 @@ Autograd's own graph would keep a second copy of x where dtypes differ, and a (t
 Here the update is added into the base product by the same kernel that computes it, in forward and in backward.
 
 Products are computed in the dtype of autocast where it is on, else in that of x, which is the weight's; matrix
-products add up in float32. A double backward raises a RuntimeError, and so do the transforms of `torch.func`: for
+products add up in float32. A double backward may raise a RuntimeError, and so may the transforms of `torch.func`: for
 those, call the definition. Compiled, DoRA keeps one (m, n) matrix more: the compiler sees that backward needs it too.
 """
 
@@ -28,11 +29,18 @@ from lowrank_ref.core.weights import has_hooks, has_own_forward
 
 #: How many entries of a weight `row_norms` looks at together: 32 MiB in float32.
 BLOCK = 2**23
+#: Below so many entries of x, starting an operator costs more than its work.
+FEW = 2**20
+
+
+def autocasts(x: Tensor) -> bool:
+    """Tell whether autocast is on where x is: never on the meta device, which has none."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a linear layer multiplies x: that of autocast where it is on, else that of x."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+    if autocasts(x) and x.is_floating_point() and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -46,7 +54,9 @@ def is_plain(base: nn.Module, x: Tensor) -> bool:
     W, dtype = base._parameters.get("weight"), computing_dtype(x)
     if W is None or has_own_forward(base) or has_hooks(base) or type(W) not in (nn.Parameter, Tensor):
         return False
-    return W.device == x.device and (x.dtype == W.dtype or dtype != x.dtype) and dtype != torch.float16
+    if W.device != x.device or not x.is_floating_point() or dtype == torch.float16:
+        return False
+    return x.dtype == W.dtype or (dtype == torch.bfloat16 and autocasts(x))
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,13 +65,15 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        rows = _rows(x, A.dtype)
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dtype: torch.dtype
+    ) -> Tensor:
+        rows, ctx.scale, ctx.dtypes = _rows(x, dtype), scale, (A.dtype, B.dtype)
+        A, B = A.to(dtype), B.to(dtype)
         t = (rows @ A.T).mul_(scale)
-        out = F.linear(rows, W.to(A.dtype), bias)
+        out = F.linear(rows, W.to(dtype), bias).addmm_(t, B.T)
         ctx.save_for_backward(x, W, A, B, t)
-        ctx.scale = scale
-        return out.addmm_(t, B.T).view(*x.shape[:-1], len(B))
+        return out.view(*x.shape[:-1], out.shape[1])
 
     @staticmethod
     @once_differentiable
@@ -69,14 +81,23 @@ class _LoRALinear(torch.autograd.Function):
         x, W, A, B, t = ctx.saved_tensors
         rows, dY = _rows(x, A.dtype), _rows(dY, A.dtype)
         u = (dY @ B).mul_(ctx.scale)
-        dA = u.T @ rows if ctx.needs_input_grad[3] else None
-        dB = dY.T @ t if ctx.needs_input_grad[4] else None
+        dA = (u.T @ rows).to(ctx.dtypes[0]) if ctx.needs_input_grad[3] else None
+        dB = (dY.T @ t).to(ctx.dtypes[1]) if ctx.needs_input_grad[4] else None
         dW = (dY.T @ rows).to(W.dtype) if ctx.needs_input_grad[1] else None  # an adapter freezes W and b
         db = dY.sum(0).to(W.dtype) if ctx.needs_input_grad[2] else None
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (dY @ W.to(A.dtype)).addmm_(u, A).view(x.shape).to(x.dtype)
-        return dx, dW, db, dA, dB, None
+        return dx, dW, db, dA, dB, None, None
+
+
+def through_weight(tokens: int, rank: int, m: int, n: int) -> bool:
+    """Tell whether a step with W + s·BA takes no more FLOPs than one with W and the factors, but for an eighth.
+
+    That is 6mn a token against 4mn + 6r(m+n): from a third of mn/(m+n) on, m/6 where m = n. W + s·BA and the gradients
+    of its factors cost as much as r tokens more: an eighth from 8r tokens on.
+    """
+    return 3 * rank * (m + n) > m * n and tokens >= 8 * rank
 
 
 def lora_linear(
@@ -89,13 +110,23 @@ def lora_linear(
 ) -> Float[Tensor, "*batch m"]:
     """Return x Wᵀ + b + s·(xAᵀ)Bᵀ. Beside x and the parameters, backward keeps the (tokens, r) product s·xAᵀ.
 
+    Where autocast rounds W anyway and the rank is so large that it pays (`through_weight`), it is one product with
+    W + s·BA, summed before it is rounded: no less exact, and backward keeps what that of a dense layer keeps. Few
+    numbers go through PyTorch's own operators, which start sooner.
+
     Example:
         >>> one = torch.ones
         >>> lora_linear(torch.tensor([1.0, 2.0]), one(1, 2), one(1), one(1, 2), one(1, 1), 0.5).tolist()
         [5.5]
     """
     dtype = computing_dtype(x)
-    return cast(Tensor, _LoRALinear.apply(x, W, bias, A.to(dtype), B.to(dtype), scale))
+    if W.dtype == dtype and x.numel() < FEW:
+        x = x.to(dtype)
+        return F.linear(x, W, bias) + F.linear(scale * F.linear(x, A.to(dtype)), B.to(dtype))
+    rounds = dtype.itemsize < W.dtype.itemsize and A.dtype == B.dtype == W.dtype
+    if rounds and through_weight(x.numel() // x.shape[-1], A.shape[0], *W.shape):
+        return F.linear(x, W + (scale * B) @ A, bias)  # inductor loses the alpha of add(W, B @ A, alpha=scale)
+    return cast(Tensor, _LoRALinear.apply(x, W, bias, A, B, scale, dtype))
 
 
 @torch.no_grad()
@@ -167,7 +198,10 @@ def dora_linear(
 
 
 def through_delta(tokens: int, D: int, d: int, rows: int) -> bool:
-    """Tell whether a step that makes ΔW (`products.randlora_linear`) takes fewer FLOPs than one through the factors."""
+    """Tell whether a step that makes ΔW (`products.randlora_linear`) takes fewer FLOPs than one through the factors.
+
+    With full rank, rows = d, that is above 2Dd/(3d - D) tokens, and never where D >= 3d.
+    """
     return 6 * tokens * D * d + 4 * rows * D * d < 4 * tokens * rows * (D + d) + 2 * tokens * rows * d
 
 
@@ -228,7 +262,7 @@ def randlora_linear(
     *,
     fused: bool = False,
 ) -> Float[Tensor, "*batch m"]:
-    """Return x Wᵀ + b + x ΔWᵀ through ΔW, which is made once a step; it pays from min(m, n) tokens on.
+    """Return x Wᵀ + b + x ΔWᵀ through ΔW, which is made once a step; it pays where `through_delta` says so.
 
     Args:
         x, W, bias: of the base layer.

@@ -16,7 +16,8 @@ def dynamic_code(signed: bool) -> Float[Tensor, " 256"]:
     """Return the 256 values of the dynamic 8-bit code, sorted, with 0 and 1 among them.
 
     Seven decades from 1e-7 to 1, each split evenly from its tenth to its end: the number of points doubles from decade
-    to decade, so that large values are precise and small ones keep their size. The signed code mirrors this.
+    to decade, so that large values are precise and small ones keep their size. The signed code mirrors this, but
+    for -1: 0 takes that place, and it begins at -0.993.
 
     Args:
         signed: True for values in [-1, 1] (first moment), False for [0, 1] (second moment).

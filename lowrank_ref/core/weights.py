@@ -19,7 +19,7 @@ from lowrank_ref.core.checks import check_floating
 
 #: Kinds of layers whose `forward` is known to compute with `weight` and `bias` alone.
 PLAIN = (nn.Linear, nn.Conv2d, nn.Embedding)
-_FORWARD = {kind: kind.forward for kind in PLAIN}  # as it is now, should anybody exchange it later
+_FORWARDS = frozenset(kind.forward for kind in PLAIN)  # as they are now, should anybody exchange one later
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
@@ -44,17 +44,15 @@ def has_own_forward(module: nn.Module) -> bool:
 
     accelerate, for one, sets `forward` on a layer to move its weight to the device first.
     """
-    known = is_conv1d(module) or any(
-        isinstance(module, kind) and type(module).forward is forward for kind, forward in _FORWARD.items()
-    )
-    forward = vars(module).get("forward")
-    return not known or (forward is not None and getattr(forward, "__func__", None) is not type(module).forward)
+    of_class, own = type(module).forward, vars(module).get("forward")
+    known = of_class in _FORWARDS or is_conv1d(module)
+    return not known or (own is not None and getattr(own, "__func__", None) is not of_class)
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether calling the layer runs somebody's hook, also one for all modules."""
-    own = any(vars(module)[name] for name in _HOOKS)
-    return own or bool(nn.modules.module._has_any_global_hook())
+    own = vars(module)
+    return any([own[name] for name in _HOOKS]) or bool(nn.modules.module._has_any_global_hook())
 
 
 def weight_of(module: nn.Module) -> Float[Tensor, "m n"]:
@@ -78,12 +76,13 @@ def current(module: nn.Module) -> Tensor:
     The old-style `weight_norm`, `spectral_norm` and `prune` compute it in a hook of forward: after a `load_state_dict`
     the attribute is stale until then.
     """
-    if "weight" not in module._parameters:
+    weight: Any = module._parameters.get("weight")
+    if weight is None:
         for hook in module._forward_pre_hooks.values():
             pure = isinstance(hook, WeightNorm | BasePruningMethod)
             if pure or (isinstance(hook, SpectralNorm) and not module.training):  # which iterates while it trains
                 cast(Any, hook)(module, None)
-    weight = cast(Tensor, module.weight)
+        weight = module.weight
     check_floating("base.weight", weight)
     return weight
 

@@ -11,7 +11,6 @@
 validation data, and those that are reported, on test data. The runs go to a few processes with one thread each.
 """
 
-import functools
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -199,23 +199,27 @@ class Comparison:
         grid = {arm: tuple(sorted({float(row["lr"]) for row in rows if row["method"] == arm})) for arm in arms}
         return cls([dict(row) for row in rows], grid, metric, maximize, dict(arms))
 
-    def by_seed(self, method: str, lr: float, metric: str | None = None) -> dict[int, float]:
-        """Return seed -> number; a diverged run is infinitely bad."""
-        metric = metric or self.metric
-        known, runs = self._index
-        if metric not in known:
-            raise ValueError(f"metric: got {metric!r}, wanted one of {sorted(known)}")
-        worst = -math.inf if self.maximize else math.inf
-        found = {row["seed"]: row.get(metric, math.nan) for row in runs.get((method, lr), ())}
-        return {seed: worst if math.isnan(value) else value for seed, value in found.items()}
+    @cached_property
+    def _known(self) -> set[str]:
+        return {name for row in self.rows for name in row} - {"method", "lr", "seed", "error"}
 
-    @functools.cached_property
-    def _index(self) -> tuple[set[str], dict[tuple[str, float], list[dict[str, Any]]]]:
-        """Names of the numbers, and (method, lr) -> its rows: a stored comparison has a thousand of them."""
-        runs: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    @cached_property
+    def _runs(self) -> dict[tuple[str, float], list[dict[str, Any]]]:
+        """(method, lr) -> its rows: claims over thousands of stored rows ask for them again and again."""
+        found: dict[tuple[str, float], list[dict[str, Any]]] = {}
         for row in self.rows:
-            runs.setdefault((row["method"], row["lr"]), []).append(row)
-        return {name for row in self.rows for name in row} - {"method", "lr", "seed", "error"}, runs
+            found.setdefault((row["method"], row["lr"]), []).append(row)
+        return found
+
+    def by_seed(self, method: str, lr: float, metric: str | None = None) -> dict[int, float]:
+        """Return seed -> number; a diverged run is infinitely bad, a run that did not record it is left out."""
+        metric = metric or self.metric
+        if metric not in self._known:
+            raise ValueError(f"metric: got {metric!r}, wanted one of {sorted(self._known)}")
+        worst = -math.inf if self.maximize else math.inf
+        rows = self._runs.get((method, lr), [])
+        found = {row["seed"]: row.get(metric, math.nan) for row in rows if metric in row or "error" in row}
+        return {seed: worst if math.isnan(value) else value for seed, value in found.items()}
 
     def values(self, method: str, lr: float, metric: str | None = None) -> list[float]:
         """Return one number per seed; a diverged run is infinitely bad."""
@@ -359,7 +363,8 @@ class Comparison:
         """Return mean ± standard deviation over seeds at each arm's best learning rate: a row for every arm.
 
         Args:
-            columns: number -> digits after the point. A number that is the same for all seeds is shown without ±.
+            columns: number -> digits after the point. A number that is the same for all seeds is shown without ±, one
+                that an arm did not record as "-".
                 Default: the metric with three digits.
             lr: title of the last column; "(edge)" there marks a best rate at the end of its grid.
         """
@@ -439,12 +444,16 @@ def _read(path: Path, version: str) -> dict[Key, dict[str, Any]]:
 
 
 def _mean_sd(values: list[float]) -> tuple[float, float]:
+    if not values:
+        return math.nan, math.nan
     if not all(map(math.isfinite, values)):
         return max(values, key=abs), math.nan
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _cell(values: list[float], digits: int) -> str:
+    if not values:
+        return "-"
     mean, sd = _mean_sd(values)
     if not math.isfinite(mean):
         return "diverged"

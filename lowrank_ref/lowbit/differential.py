@@ -79,6 +79,14 @@ class DifferentialAttention(nn.Module):
 
     Raises:
         TypeError, ValueError: heads is odd, or depth negative or no integer.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_ref.lab.models.transformer import Attention
+        >>> from lowrank_ref.lowbit import DifferentialAttention
+        >>> layer = DifferentialAttention(Attention(16, 4, causal=True), depth=0)
+        >>> layer.heads, layer(torch.randn(2, 5, 16)).shape
+        (2, torch.Size([2, 5, 16]))
     """
 
     def __init__(self, base: Any, *, depth: int, generator: torch.Generator | None = None) -> None:

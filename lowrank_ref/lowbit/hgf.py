@@ -41,13 +41,7 @@ from lowrank_ref.lowbit.ternary import BitLinear, KeepsWide, PackedLinear, packe
 def gated_correction(
     x: Float[Tensor, "*batch n"], A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], gate: Float[Tensor, ""]
 ) -> Float[Tensor, "*batch m"]:
-    """Return g·B(Ax) for every row. x is normalised but not quantised [choice].
-
-    Example:
-        >>> A, B = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [0.0]])
-        >>> gated_correction(torch.tensor([[1.0, 1.0]]), A, B, torch.tensor(0.5)).tolist()
-        [[4.5, 0.0]]
-    """
+    """Return g·B(Ax) for every row. x is normalised but not quantised [choice]."""
     return gate.to(x.dtype) * F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
 
 
@@ -56,8 +50,7 @@ def init_factors(
 ) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]:
     """Return A ~ U(-1/√n, 1/√n) and B = 0, float32 or wider: training starts at the ternary layer [choice].
 
-    Raises:
-        TypeError, ValueError: rank is not an integer in [1, min(m, n)].
+    A rank that is no integer in [1, min(m, n)] raises a TypeError or ValueError.
     """
     m, n = W.shape
     check_rank(rank, (m, n))
@@ -91,10 +84,6 @@ def memory_overhead(corrected: Sequence[tuple[int, int]], ternary: Sequence[tupl
     Args:
         corrected, ternary: shapes (m, n) of the corrected matrices, and of all ternary ones, they among them.
         rank: r.
-
-    Example:
-        >>> memory_overhead([(512, 512)] * 3, [(512, 512)] * 12, 16)
-        0.125
     """
     return sum(correction_bytes(m, n, rank) for m, n in corrected) / sum(packed_bytes(m, n) for m, n in ternary)
 
@@ -113,6 +102,12 @@ class HGFLinear(KeepsWide):
 
     Raises:
         TypeError, ValueError: base is no finite floating-point linear layer; rank or gate out of range.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.lowbit import HGFLinear
+        >>> round(HGFLinear(nn.Linear(8, 4), rank=2).gate().item(), 4)
+        0.1
     """
 
     wide = ("theta", "open", "held")
@@ -191,6 +186,12 @@ class GateSchedule(Action):
 
     Raises:
         TypeError, ValueError: no such layer; warmup or freeze is no integer, or out of order.
+
+    Example:
+        >>> from torch import nn, optim
+        >>> from lowrank_ref.lowbit import GateSchedule, HGFLinear
+        >>> model = HGFLinear(nn.Linear(8, 4), rank=2)
+        >>> schedule = GateSchedule(model, warmup=50, freeze=600).attach(optim.AdamW(model.parameters()))
     """
 
     def __init__(self, model: nn.Module, *, warmup: int, freeze: int) -> None:

@@ -218,6 +218,13 @@ class BitLinear(Ternary):
     Raises:
         TypeError: base is no floating-point linear layer, or computes something else than x Wᵀ + b.
         ValueError: its weight is not finite or not loaded.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_ref.lowbit import BitLinear
+        >>> layer = BitLinear(torch.nn.Linear(8, 4))
+        >>> layer(torch.randn(2, 8)).shape, layer.dense_weight().unique().numel() <= 3
+        (torch.Size([2, 4]), True)
     """
 
     def __init__(self, base: nn.Module, *, sub_norm: bool = True) -> None:
@@ -250,6 +257,12 @@ class PackedLinear(Ternary):
 
     Raises:
         TypeError, ValueError: no `BitLinear`, or its latent weight is not finite.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.lowbit import BitLinear, PackedLinear
+        >>> PackedLinear(BitLinear(nn.Linear(8, 4))).codes.shape  # four weights a byte
+        torch.Size([4, 2])
     """
 
     wide = ("beta",)

@@ -12,7 +12,7 @@ Companions:
     sharded          projected optimizers under FSDP2
 """
 
-from lowrank_ref.optimizers.galore import GaLoreAdamW, GaLoreSGD
+from lowrank_ref.optimizers.galore import GaLore, GaLoreAdamW, GaLoreSGD
 from lowrank_ref.optimizers.galore_variants import GaLoreAdafactor, GaLoreAdamW8bit, per_layer_updates
 
-__all__ = ["GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit", "GaLoreSGD", "per_layer_updates"]
+__all__ = ["GaLore", "GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit", "GaLoreSGD", "per_layer_updates"]

@@ -16,10 +16,9 @@ Deviations. Bases come from `gram_basis` unless another is given: the subspace o
 pass `svd_basis` for the definition, `subspace_basis` for speed on a GPU. Columns of a new basis are turned along the
 old ones, as the moments stay; the official code leaves signs to the SVD. A gradient of zeros tells no basis: the next
 other one does. Moments of float16 weights are float32. As in the official code, ε is added before bias correction
-(algorithm 2 corrects first, as `torch.optim` does), moments survive a change of basis unrotated, a square is projected
-on the right (algorithm 2, for m <= n: left), and weight decay comes after the step, unscaled by α. Its Tucker projector
-ignores Adam's output, cannot be built by its optimizers (TypeError), and is left out. Variants: `galore_variants.py`;
-`fast.py` and `kernels/` repeat the step for many matrices at once and for a GPU.
+(algorithm 2 corrects first), moments survive a change of basis unrotated, a square is projected on the right (algorithm
+2: left), and weight decay comes after the step, unscaled by α. Its Tucker projector, which its optimizers cannot build,
+is left out. Variants: `galore_variants.py`; `fast.py` and `kernels/` repeat Adam for many matrices and for a GPU.
 
 Cost per matrix, k = min(m, n), K = max(m, n): state 2rK + rk numbers instead of 2mn; two products of 2rmn FLOPs a step.
 Works under DDP, where every rank sees the same averaged gradient, and under FSDP2 on gathered matrices (`sharded.py`).
@@ -89,13 +88,9 @@ def project_back(
 def adam_directions(
     R: list[Tensor], M: list[Tensor], V: list[Tensor], steps: list[int], *, betas: tuple[float, float], eps: float
 ) -> list[Tensor]:
-    """Update the moments in place and return Adam's directions, bias correction included.
+    """Update the moments M, V in place and return Adam's directions for (projected) gradients R, bias corrected.
 
-    Args:
-        R: (projected) gradients; M, V: their moments, same shapes. One operation on a list is one launch on a GPU.
-        steps: t >= 1 of each.
-        betas: (β₁, β₂), each in [0, 1).
-        eps: added to √V before bias correction.
+    Each has its step t >= 1; β₁, β₂ in [0, 1); ε is added to √V first. One operation on a list is one launch on a GPU.
     """
     torch._foreach_lerp_(M, R, 1 - betas[0])
     torch._foreach_mul_(V, betas[1])
@@ -149,7 +144,7 @@ class GaLore(ProjectedOptimizer):
         super().__init__(params, {**shared, "weight_decay": weight_decay, **(own or {})})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Let a copy keep the basis: PyTorch would carry over only its own three attributes."""
+        """Let a copy keep the basis."""
         return {**super().__getstate__(), "basis": self.basis}
 
     def update(self, ps: list[Tensor], group: dict[str, Any]) -> None:
@@ -189,10 +184,10 @@ class GaLoreAdamW(GaLore):
     """GaLore with Adam's moments; options as `GaLore`, and betas (β₁, β₂) in [0, 1) and eps >= 0.
 
     Example:
+        >>> import lowrank_ref, torch
         >>> W = torch.nn.Parameter(torch.randn(6, 4))
-        >>> optimizer = GaLoreAdamW([{"params": [W], "rank": 2}], lr=0.01, gap=100)
-        >>> (W**2).sum().backward()
-        >>> optimizer.step()
+        >>> optimizer = lowrank_ref.GaLoreAdamW([{"params": [W], "rank": 2}], lr=0.01, gap=100)
+        >>> optimizer.step(lambda: (W**2).sum().backward())
         >>> {key: tuple(value.shape) for key, value in optimizer.state[W].items() if key != "step"}
         {'right': (4, 2), 'M': (6, 2), 'V': (6, 2)}
     """
@@ -219,7 +214,13 @@ class GaLoreAdamW(GaLore):
 
 
 class GaLoreSGD(GaLore):
-    """GaLore without moments: the step is the projected gradient. Options as `GaLore`."""
+    """GaLore without moments: the step is the projected gradient. Options as `GaLore`.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.optimizers import GaLoreSGD
+        >>> optimizer = GaLoreSGD([{"params": [nn.Linear(6, 4).weight], "rank": 2}], lr=0.1)
+    """
 
     def direction(self, R: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         """Return R."""

@@ -36,6 +36,16 @@ class GaLoreAdamW8bit(GaLoreAdamW):
     """`GaLoreAdamW` whose moments rest as 8-bit codes: 2 bytes and 8/256 bytes an entry instead of 8. Same options.
 
     Moments with fewer than 4,096 entries stay in float32, as in bitsandbytes.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_ref.optimizers import GaLoreAdamW8bit
+        >>> W = torch.nn.Parameter(torch.randn(128, 128))
+        >>> optimizer = GaLoreAdamW8bit([{"params": [W], "rank": 32}], lr=0.01)
+        >>> W.square().sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[W]["M_codes"].dtype, optimizer.state[W]["M_codes"].numel()
+        (torch.uint8, 4096)
     """
 
     def directions(self, R: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]) -> Iterable[Tensor]:
@@ -90,6 +100,16 @@ class GaLoreAdafactor(GaLore):
 
     Options as `GaLore`, and decay > 0, clip > 0. Parameters that are no matrix keep a full second moment. Moments are
     float32 at least.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_ref.optimizers import GaLoreAdafactor
+        >>> W = torch.nn.Parameter(torch.randn(6, 4))
+        >>> optimizer = GaLoreAdafactor([{"params": [W], "rank": 2}], lr=0.01)
+        >>> W.square().sum().backward()
+        >>> optimizer.step()
+        >>> tuple(optimizer.state[W]["row"].shape), tuple(optimizer.state[W]["col"].shape)
+        ((6,), (2,))
     """
 
     def __init__(

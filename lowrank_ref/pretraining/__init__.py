@@ -5,6 +5,6 @@ Papers:
     sltrain  a product of thin factors plus a sparse matrix of fixed support
 """
 
-from lowrank_ref.pretraining.sltrain import SLTrainLinear
+from lowrank_ref.pretraining.sltrain import SLTrainLinear, training_bytes
 
-__all__ = ["SLTrainLinear"]
+__all__ = ["SLTrainLinear", "training_bytes"]

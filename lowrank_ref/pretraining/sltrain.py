@@ -75,13 +75,7 @@ def dense_weight(
     support: Int64[Tensor, " k"],
     scale: float,
 ) -> Float[Tensor, "m n"]:
-    """Return W = s·BA + S: the product, and the values added at their places. One (m, n) matrix is made, not two.
-
-    Example:
-        >>> A, B = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [0.0]])
-        >>> dense_weight(A, B, torch.tensor([5.0]), torch.tensor([2]), 0.5).tolist()
-        [[1.5, 3.0], [5.0, 0.0]]
-    """
+    """Return W = s·BA + S: the product, and the values added at their places. One (m, n) matrix is made, not two."""
     W = (scale * B) @ A
     W.view(-1).index_add_(0, support, values)  # in place is safe: the product's backward does not need its result
     return W
@@ -146,6 +140,12 @@ class SLTrainLinear(WeightLayer):
 
     Raises:
         TypeError, ValueError: an argument out of range.
+
+    Example:
+        >>> from lowrank_ref.pretraining import SLTrainLinear
+        >>> layer = SLTrainLinear(8, 6, rank=2, density=0.25)
+        >>> layer.A.shape, layer.B.shape, len(layer.values)
+        (torch.Size([2, 8]), torch.Size([6, 2]), 12)
     """
 
     support: Tensor

@@ -40,12 +40,7 @@ from lowrank_ref.core.registry import PaperInfo
 def gated_delta(
     A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], g: Float[Tensor, " r"], scale: float
 ) -> Float[Tensor, "m n"]:
-    """Return ΔW = s·B·diag(g)·A.
-
-    Example:
-        >>> gated_delta(torch.eye(2), torch.eye(2), torch.tensor([3.0, 0.0]), 0.5).tolist()
-        [[1.5, 0.0], [0.0, 0.0]]
-    """
+    """Return ΔW = s·B·diag(g)·A."""
     return scale * (B * g @ A)
 
 
@@ -57,9 +52,7 @@ def gated_update(
 
 
 def soft_threshold(x: Float[Tensor, "*any"], threshold: float) -> Float[Tensor, "*any"]:
-    """Return T_ξ(x) = sign(x)·max(abs x - ξ, 0), which minimises ½(z - x)² + ξ·abs z over z.
-
-    Computed as x minus its projection onto [-ξ, ξ], which is the same. ξ < 0 or NaN raises a ValueError.
+    """Return T_ξ(x) = sign(x)·max(abs x - ξ, 0), which minimises ½(z - x)² + ξ·abs z over z; ξ < 0 is a ValueError.
 
     Example:
         >>> soft_threshold(torch.tensor([0.5, -0.25, 3.0]), 0.5).tolist()
@@ -70,10 +63,9 @@ def soft_threshold(x: Float[Tensor, "*any"], threshold: float) -> Float[Tensor, 
 
 
 def released_threshold(x: Float[Tensor, "*any"], threshold: float) -> Float[Tensor, "*any"]:
-    """Return what the official code computes: shrink by ξ, and then zero what has become smaller than ξ.
+    """Return what the official code computes: shrink by ξ, then zero what is smaller than ξ after that.
 
-    The last test sees values that were shrunk already, so what lies between ξ and 2ξ ends at 0:
-    twice the dead zone, and a jump of height ξ at its edge.
+    So what lies between ξ and 2ξ ends at 0 as well: twice the dead zone, and a jump of height ξ at its edge.
     """
     check_number("threshold", threshold, low=0)
     x = torch.where(x > threshold, x - threshold, x)
@@ -103,10 +95,13 @@ class SoRALinear(LoRALinear):
         rank: r, the rank before anything is pruned.
         gate: "normal" draws g ~ N(0, 1), as the official code; "ones" starts as LoRA and lets no chance decide.
         generator: source of A and g.
-        **options: alpha, dropout and scaling of `LoRALinear`.
+        **options: alpha, dropout and scaling of `LoRALinear`, which also says what is refused.
 
-    Raises:
-        TypeError, ValueError: what `LoRALinear` refuses, or another gate.
+    Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.ranks import SoRALinear
+        >>> SoRALinear(nn.Linear(6, 4), rank=2, gate="ones").g.tolist()
+        [1.0, 1.0]
     """
 
     adapter_names = ("A", "B", "g")
@@ -197,6 +192,13 @@ class ProximalGates(Action):
 
     Raises:
         ValueError: no gate, a gate that the optimizer does not train, or penalty < 0.
+
+    Example:
+        >>> from torch import nn, optim
+        >>> from lowrank_ref.ranks import ProximalGates, SoRALinear
+        >>> layer = SoRALinear(nn.Linear(6, 4), rank=2)
+        >>> optimizer = optim.Adam(layer.adapter_parameters().values(), lr=0.01)
+        >>> proximal = ProximalGates(layer, optimizer, penalty=0.3).attach(optimizer)
     """
 
     state_names = ("penalty", "coupled")

@@ -67,6 +67,16 @@ class SparsifyingSchedule(Action):
 
     Raises:
         TypeError, ValueError: levels that do not rise or are negative, or a length below 1.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_ref.ranks import ProximalGates, SoRALinear, SparsifyingSchedule
+        >>> layer = SoRALinear(torch.nn.Linear(6, 4), rank=2)
+        >>> optimizer = torch.optim.Adam(layer.adapter_parameters().values(), lr=0.01)
+        >>> proximal = ProximalGates(layer, optimizer, penalty=0.0).attach(optimizer)
+        >>> schedule = SparsifyingSchedule(proximal, [0.1, 0.5], first=100, later=20).attach(optimizer)
+        >>> proximal.penalty, schedule.steps
+        (0.1, 120)
     """
 
     state_names = ("done", "records")  # the present penalty is in the state of the `ProximalGates`

@@ -20,8 +20,8 @@ from typing import Any
 from lowrank_ref.robustness.attack_losses import cross_entropy, dlr, ranked_class, targeted_dlr
 from lowrank_ref.robustness.attacks import Attacked, apgd, pgd, random_start
 from lowrank_ref.robustness.projections import project
-from lowrank_ref.robustness.ramp import GradientProjection, ramp_loss
-from lowrank_ref.robustness.threats import survivors, union_accuracy
+from lowrank_ref.robustness.ramp import GradientProjection, fuse, ramp_loss
+from lowrank_ref.robustness.threats import hull_radius, is_free, survivors, union_accuracy
 
 __all__ = [
     "Attacked",
@@ -29,6 +29,9 @@ __all__ = [
     "apgd",
     "cross_entropy",
     "dlr",
+    "fuse",
+    "hull_radius",
+    "is_free",
     "pgd",
     "project",
     "ramp_loss",

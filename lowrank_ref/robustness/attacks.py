@@ -40,6 +40,15 @@ class Attacked(NamedTuple):
 
     `x_best` is the point with the largest loss seen, `loss` that loss; `x_adv` is the last misclassified point, or
     `x_best` where none was seen. Train on `x_best`, evaluate on `x_adv`.
+
+    Example:
+        >>> import math, torch
+        >>> from lowrank_ref.robustness import pgd
+        >>> model = torch.nn.Linear(4, 3)
+        >>> x, y = torch.rand(2, 4), torch.tensor([0, 2])
+        >>> found = pgd(model, x, y, norm=math.inf, epsilon=0.1)
+        >>> bool((found.x_adv - x).abs().max() <= 0.1 + 1e-6)
+        True
     """
 
     x_best: Tensor

@@ -255,6 +255,8 @@ class RMTGBRegressor(RegressorMixin, _RMTGB):
         n_features_in_: columns of X, the task column among them.
 
     Example:
+        >>> import numpy as np
+        >>> from lowrank_ref.robustness import RMTGBRegressor
         >>> rng = np.random.default_rng(0)
         >>> X, tasks = rng.uniform(-1, 1, (200, 2)), np.repeat(["a", "b", "c", "d"], 50)
         >>> y = np.where(tasks == "d", -X[:, 0], X[:, 0])
@@ -307,6 +309,8 @@ class RMTGBClassifier(ClassifierMixin, _RMTGB):
     Settings and attributes are those of `RMTGBRegressor`, and `classes_`, the class labels, sorted.
 
     Example:
+        >>> import numpy as np
+        >>> from lowrank_ref.robustness import RMTGBClassifier
         >>> rng = np.random.default_rng(0)
         >>> X, tasks = rng.uniform(-1, 1, (200, 2)), np.repeat(["a", "b", "c", "d"], 50)
         >>> y = np.where(X[:, 0] > 0, "yes", "no")

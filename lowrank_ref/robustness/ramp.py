@@ -42,9 +42,6 @@ from lowrank_ref.robustness.attack_losses import cross_entropy
 Projection = Callable[[Tensor, Tensor], Tensor]
 
 
-# --- losses -----------------------------------------------------------------------------------------------------------
-
-
 def logit_pairing(
     z_q: Float[Tensor, "batch classes"], z_r: Float[Tensor, "batch classes"], y: Int64[Tensor, " batch"]
 ) -> Float[Tensor, ""]:
@@ -169,6 +166,12 @@ class GradientProjection(Action):
     Raises:
         TypeError, ValueError: beta or every out of range, or a twin that is not a copy. On `step`: a weight with NaN or
             infinity; nothing is then written or counted.
+
+    Example:
+        >>> import copy, torch
+        >>> from lowrank_ref.robustness import GradientProjection
+        >>> model = torch.nn.Linear(4, 3)
+        >>> projection = GradientProjection(model, copy.deepcopy(model), every=100)  # the steps of an epoch
     """
 
     def __init__(

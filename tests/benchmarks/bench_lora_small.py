@@ -2,11 +2,13 @@
 
     python tests/benchmarks/bench_lora_small.py --out book/results/lora_small.json
 
-digits: every arm on digits turned by 90 degrees: LoRA at ranks 1 to 64 with two rules for its scale, its relatives,
-full fine-tuning whose update is cut to rank r afterwards, and what each forgets of the upright digits.
+digits: every arm on digits turned by 90 degrees: LoRA at ranks 1 to 64 with three rules for its scale, several α, its
+relatives, full fine-tuning whose update is cut to rank r afterwards, and what each forgets of the upright digits.
 batch: small and large batches at equal numbers of images.
-new_domain: the arms of `bench_lora`'s part of that name on a GPT of two blocks.
+new_domain: the arms of `bench_lora`'s part of that name on a GPT of two blocks, and a few more.
+old_domain: the same with more of the old text, as a control.
 
+The layer 128 -> 10 holds no more than rank 10; the rule for the scale is applied to the rank that a layer has.
 Rates: as in `bench_lora`, by a pilot with a seed of its own; on the digits five rates and five seeds.
 """
 
@@ -15,15 +17,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench_lora import ARMS, Runs, domain_shift, messages, tuned
+from bench_lora import ALL_LINEAR, ARMS, CONTROL, REST, Plan, Runs, domain_shift, messages, more_of_the_old, tuned
 from common import arguments
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_ref.adapters import DoRALinear, LoRALinear, PiSSALinear, lora_plus_groups
-from lowrank_ref.adapters.dora_pissa import dora_weight
 from lowrank_ref.core.accounting import numel
-from lowrank_ref.core.layers import AdaptedLinear, replace_linears, weight_of
+from lowrank_ref.core.layers import AdaptedLinear, replace_linears
 from lowrank_ref.core.linalg import svd
 from lowrank_ref.lab.beds import classification_loss, pretrained_on_digits
 from lowrank_ref.lab.data import Arrays, array_batches, digits
@@ -36,16 +37,11 @@ LOWER = (1.0, 0.5, 0.25, 0.125, 0.0625)  # what is to be cut likes lower rates
 IMAGES = 12_800  # 200 steps of 64
 
 
-class FlowingDoRA(DoRALinear):
-    """DoRA whose gradient also flows through the norm of the rows."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply m * V/|V|."""
-        V = weight_of(self.base) + LoRALinear.delta_weight(self)
-        return F.linear(x, dora_weight(V, self.magnitude, detach_norm=False), self.base.bias)
-
-
-LAYERS = {"DoRA": DoRALinear, "DoRA, norm in the gradient": FlowingDoRA, "PiSSA": PiSSALinear}
+LAYERS = {
+    "DoRA": DoRALinear,
+    "DoRA, norm in the gradient": partial(DoRALinear, detach_norm=False),
+    "PiSSA": PiSSALinear,
+}
 
 #: Arm of the digits -> rate at which its pilot starts.
 DIGITS = {
@@ -55,21 +51,34 @@ DIGITS = {
     "head": 0.1,
     "biases": 0.1,
     **{f"LoRA r={r}": 0.03 for r in RANKS},
-    **{f"LoRA, α=16 r={r}": 0.03 for r in RANKS if r != 8},  # r = 8 has s = 2 by both rules
+    **{f"LoRA, α=16 r={r}": 0.03 for r in RANKS if r != 8},  # r = 8 has s = 2 by all three rules
+    **{f"rsLoRA r={r}": 0.03 for r in RANKS if r != 8},
+    **{f"LoRA, α={a} r={r}": 0.015 for a in (4, 64, 128, 256, 512) for r in (4, 16, 64)},
     "LoRA+ r=4": 0.006,
     "PiSSA r=4": 0.01,
     "DoRA r=4": 0.03,
     "DoRA, norm in the gradient r=4": 0.03,
 }
-#: Arms of `bench_lora` that run on the small GPT too.
-DOMAIN = (
-    "full",
-    "blocks only",
-    "embeddings + head only",
-    "LoRA r 8",
-    "LoRA r 64",
-    "LoRA r 8 + embeddings + head",
-)
+#: Arms of the small GPT, whose matrices have rank 128.
+DOMAIN = {
+    **{
+        name: ARMS[name]
+        for name in (
+            "full",
+            "blocks only",
+            "embeddings + head only",
+            "LoRA r 8",
+            "LoRA r 64",
+            "LoRA r 8 + embeddings + head",
+            "embeddings only",
+            "head only",
+            "all but norms",
+        )
+    },
+    "LoRA r 128": Plan(1e-3, targets=ALL_LINEAR, rank=128),
+    "LoRA r 8 + embeddings + head, rates 1:1": Plan(3.2e-3, dense=REST, targets=ALL_LINEAR, rank=8),
+    "LoRA r 8 + embeddings + head, rates 2:1": Plan(3.2e-3, dense=REST, targets=ALL_LINEAR, rank=8, ratio=2),
+}
 BATCHES = (8, 64, 512)
 BATCH_ARMS = {"full, no biases": 0.006, "LoRA r=4": 0.03, "LoRA r=32": 0.015}
 
@@ -84,11 +93,11 @@ def adapt(model: nn.Module, name: str, generator: torch.Generator) -> list[dict[
             p.requires_grad_(re.search(wanted, path) is not None)
     else:
         layer = LAYERS.get(kind, LoRALinear)
-        scale = float(alpha) / int(rank) if alpha else 2.0
 
         def factory(linear: nn.Linear) -> nn.Module:
             r = min(int(rank), *linear.weight.shape)
-            return layer(linear, rank=r, alpha=scale * r, generator=generator)
+            by_rule = 2 * (8 * r) ** 0.5 if kind == "rsLoRA" else 2 * r  # α: s = 2 at r = 8, or at every r
+            return layer(linear, rank=r, alpha=float(alpha or by_rule), generator=generator)
 
         replace_linears(model, r"^layers\.", factory)
     if kind == "LoRA+":
@@ -113,8 +122,10 @@ def cut_losses(model: nn.Module, data: Arrays) -> dict[str, float]:
         for layer, before, dW in zip(model.layers, old.layers, model_updates):  # type: ignore[arg-type]
             U, S, Vh = svd(dW, min(rank, *dW.shape))
             layer.weight.copy_(before.weight + (U * S) @ Vh)
+        new = model(data.x_test)
         found[f"cut {rank} valid"] = F.cross_entropy(model(data.x_valid), data.y_valid).item()
-        found[f"cut {rank} loss"] = F.cross_entropy(model(data.x_test), data.y_test).item()
+        found[f"cut {rank} loss"] = F.cross_entropy(new, data.y_test).item()
+        found[f"cut {rank} accuracy"] = (new.argmax(1) == data.y_test).double().mean().item()
     return found
 
 
@@ -138,7 +149,8 @@ def turned(name: str, lr: float, seed: int, *, batch: int = 64, images: int = IM
         return {"error": "diverged"}
     with torch.no_grad():
         valid, new, old = (model(x) for x in (data.x_valid, data.x_test, upright.x_test))
-        middle = torch.linalg.svdvals(updates(model)[1].double())
+        added, before = updates(model), pretrained_on_digits().layers
+        middle = torch.linalg.svdvals(added[1].double())
         found = {
             "trainable": numel([p for group in groups for p in group["params"]]),
             "valid": F.cross_entropy(valid, data.y_valid).item(),
@@ -148,6 +160,10 @@ def turned(name: str, lr: float, seed: int, *, batch: int = 64, images: int = IM
             "old accuracy": (old.argmax(1) == upright.y_test).double().mean().item(),
             "rank": int((middle > 1e-4 * middle[0]).sum()),
             **{f"energy {r}": share(middle, r) for r in (4, 16)},
+            **{
+                f"moved {i}": (dW.norm() / layer.weight.norm()).item()
+                for i, (dW, layer) in enumerate(zip(added, before))
+            },
         }
         cuts = cut_losses(model, data) if name == "full, to be cut" else {}
     return {k: round(v, 5) for k, v in {**found, **cuts}.items()}
@@ -155,7 +171,7 @@ def turned(name: str, lr: float, seed: int, *, batch: int = 64, images: int = IM
 
 def main() -> None:
     """Run the parts asked for."""
-    args = arguments(__doc__ or "", ("digits", "batch", "new_domain"))
+    args = arguments(__doc__ or "", ("digits", "batch", "new_domain", "old_domain"))
     torch.set_num_threads(1)
     images = 640 if args.tiny else IMAGES
     network = "MLP 64-128-128-10, pretrained on 1,000 upright digits, learns the same turned by 90 degrees; Adam"
@@ -177,22 +193,24 @@ def main() -> None:
                 arm = f"{name}, batch {batch}"
                 if re.search(args.only, arm):
                     measure = partial(turned, name, batch=batch, images=images)
-                    tuned(*both, arm, start * (batch / 64) ** 0.5, measure, seeds=SEEDS)
-    if "new_domain" in args.part:
-        domain_shift(
-            args.out,
-            "new_domain",
-            arms={name: ARMS[name] for name in DOMAIN if re.search(args.only, name)},
-            text=messages(300 if args.tiny else 1024, args.tiny),
-            shape={"dim": 128, "layers": 2, "heads": 4},
-            pre_steps=3 if args.tiny else 400,
-            steps=2 if args.tiny else 200,
-            batch=8,
-            length=64,
-            most=256,
-            device="cpu",
-            seconds=args.seconds,
-        )
+                    tuned(*both, arm, start * (batch / 64) ** 0.5, measure, seeds=SEEDS, factors=FACTORS)
+    for part, wanted in (("new_domain", "."), ("old_domain", CONTROL)):
+        if part in args.part:
+            text = messages(300 if args.tiny else 1024, args.tiny)
+            domain_shift(
+                args.out,
+                part,
+                arms={n: p for n, p in DOMAIN.items() if re.search(args.only, n) and re.search(wanted, n)},
+                text=more_of_the_old(text) if part == "old_domain" else text,
+                shape={"dim": 128, "layers": 2, "heads": 4},
+                pre_steps=3 if args.tiny else 400,
+                steps=2 if args.tiny else 200,
+                batch=8,
+                length=64,
+                most=256,
+                device="cpu",
+                seconds=args.seconds,
+            )
 
 
 if __name__ == "__main__":

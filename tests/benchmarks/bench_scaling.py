@@ -1,15 +1,17 @@
-"""A GPT on several devices: tokens a second, numbers sent, and the loss.
+"""A GPT on several devices, by weak and strong scaling: tokens a second, numbers sent, and the loss.
 
     torchrun --standalone --nproc_per_node 1 tests/benchmarks/bench_scaling.py --out scaling.json
     torchrun --standalone --nproc_per_node 2 tests/benchmarks/bench_scaling.py --out scaling.json
 
 Full training, LoRA and GaLore under DDP; full training, LoRA, SLTrain and BitLinear under FSDP2. A LLaMA-350M-shaped
-GPT under bf16 autocast on random tokens, the same batch for any number of processes, each of which takes its share: the
-loss is the same but for the roundings of bf16, which parts of a batch meet in other orders.
+GPT under bf16 autocast on random tokens. Part "strong": 32 windows of 512 tokens in all, of which each process takes
+its share; the loss is the same but for the roundings of bf16, which parts of a batch meet in other orders. Part "weak":
+32 windows for each process. With one process the two are the same and measured once. Rows are stored one by one.
 """
 
 import gc
 import os
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import MIB, arguments, block_groups, peak_mib, reset_peak, save, synchronize
+from common import MIB, Runs, arguments, block_groups, peak_mib, reset_peak, synchronize
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
@@ -76,12 +78,15 @@ def methods(rank: int) -> dict[str, tuple[Callable[[GPT], Any], str, Callable[[A
     }
 
 
-def measure(name: str, tiny: bool, device: str, rank: int) -> dict[str, Any]:
+def measure(name: str, tiny: bool, device: str, rank: int, *, weak: bool) -> dict[str, Any]:
     """Train with one method; every process returns the same row, but for its own memory."""
     shape = {"dim": 32, "ffn": 64, "layers": 2, "heads": 2, "vocab_size": 64} if tiny else llama_shape("350M")
-    batch, length, steps = (4, 16, 4) if tiny else (32, 512, 12)
+    batch, length, steps = (4, 16, 2) if tiny else (32, 512, 8)
+    batch *= dist.get_world_size() if weak else 1
     change, wrap, make_optimizer = methods(rank)[name]
-    model = change(GPT(**shape, length=length, generator=torch.Generator().manual_seed(0))).to(device)
+    with torch.device(device):  # draws 350M numbers sooner than the host
+        model = GPT(**shape, length=length, generator=torch.Generator(device).manual_seed(0))
+    model = change(model).to(device)
     sent = [0]
 
     def count(state: list[int], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -124,7 +129,6 @@ def measure(name: str, tiny: bool, device: str, rank: int) -> dict[str, Any]:
     mean = loss / dist.get_world_size()
     dist.all_reduce(mean)
     return {
-        "method": name,
         "ms_per_step": round(1000 * seconds, 2),
         "tokens_per_second": round(batch * length / seconds),
         "whole_tensors_sent_mib": round(first / MIB, 1),
@@ -135,22 +139,33 @@ def measure(name: str, tiny: bool, device: str, rank: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run all methods with as many processes as torchrun has started."""
-    args = arguments(__doc__ or "", ("scaling",))
+    args = arguments(__doc__ or "", ("strong", "weak"))
     cuda = args.device == "cuda"
     device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo")
-    rank, rows = 4 if args.tiny else 256, []
-    for name in methods(rank):
-        rows.append(measure(name, args.tiny, device, rank))
-        gc.collect()
-        if dist.get_rank() == 0:
-            print(rows[-1], flush=True)
-    if dist.get_rank() == 0:
-        world = dist.get_world_size()
-        setting = f"torchrun with {world} process(es); one batch for all, bf16 autocast, weights float32"
-        save(args.out, f"{world} processes", {"setting": setting, "rows": rows})
+    world, rank = dist.get_world_size(), 4 if args.tiny else 256
+    shape = "a tiny GPT" if args.tiny else "GPT of LLaMA-350M's shape"
+    share = {"strong": "32 windows of 512 tokens in all", "weak": "32 windows of 512 tokens a process"}
+    for part in args.part:
+        setting = f"{shape}, {share[part]}, bf16 autocast, weights float32, AdamW"
+        runs = Runs(args.out, part, setting=setting, seconds=float("inf"))
+        for name in methods(rank):
+            if not re.search(args.only, name) or (world == 1 and part == "weak"):
+                continue
+            key = {"method": name, "processes": world}
+            known = [any(key.items() <= row.items() for row in runs.rows)]
+            dist.broadcast_object_list(known)  # what process 0 sees counts: it is the one that writes
+            if known[0]:
+                continue
+            run = partial(measure, name, args.tiny, device, rank, weak=part == "weak")
+            if dist.get_rank() == 0:
+                runs.row(key, run)
+            else:
+                run()
+            gc.collect()
+            dist.barrier()
     dist.destroy_process_group()
 
 

@@ -47,7 +47,7 @@ def test_the_line_tells_what_was_measured(paper):
     assert any(text.startswith("runs in ") and text.endswith("CPU") for text in items)
     gpus = chapter_header.gpus(BOOK, paper.key)
     assert [text for text in items if "GPU" in text] == ([f"GPU results: {', '.join(gpus)}"] if gpus else [])
-    assert {"Open in Colab", "Notebook", "Source", "Tests", f"arXiv:{paper.arxiv}"} <= set(items)
+    assert {"Open in Colab", "Notebook", "Reference", "Source", "Tests", f"arXiv:{paper.arxiv}"} <= set(items)
 
 
 def test_a_processor_is_no_gpu(tmp_path):

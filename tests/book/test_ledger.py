@@ -4,6 +4,7 @@ import json
 
 import nbformat
 import registry_pages
+from bs4 import BeautifulSoup
 from links import ROOT
 
 from lowrank_ref.lab.claims import Claims
@@ -49,3 +50,20 @@ def test_results_older_than_their_code_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(registry_pages, "stored", lambda name: stored)
     told = registry_pages.gpu_results(tmp_path, "x", ["a GPU"])
     assert told == "a GPU<br>x_scale, old: older than common.py"
+
+
+def test_scaling_is_shown_when_it_has_been_measured(tmp_path, monkeypatch):
+    assert registry_pages.scaling(tmp_path) == ""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/scaling.json").touch()
+
+    def row(processes, ms, method="LoRA"):
+        return {"method": method, "processes": processes, "ms_per_step": ms}
+
+    day = {"hardware": "a GPU", "date": "2026-01-02"}
+    strong = {"setting": "a GPT", "provenance": day, "rows": [row(1, 90.0), row(1, 70.0, "full"), row(2, 60.0)]}
+    monkeypatch.setattr(registry_pages, "stored", lambda name: {"strong": strong, "weak": {"rows": [row(2, 100.0)]}})
+    page = BeautifulSoup(registry_pages.scaling(tmp_path), "html.parser")
+    assert page.p.get_text() == "a GPT. a GPU, 2026-01-02."
+    cells = [[cell.get_text() for cell in line.find_all("td")] for line in page.select("tbody tr")]
+    assert cells == [["LoRA", "90", "60", "1.50", "100", "1.80"], ["full", "70", "", "", "", ""]]

@@ -26,11 +26,8 @@ LONGEST_CAPTION = 65
 LONGEST_READ = 25  # minutes
 #: Chapters that take longer than they may.
 TOO_LONG = [
-    "adapters/lora",
-    "lowbit/hgf",
     "adapters/randlora",
     "analysis/artificial_entanglement",
-    "compression/maestro",
     "optimizers/galore",
     "pretraining/sltrain",
     "ranks/sora",

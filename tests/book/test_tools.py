@@ -9,8 +9,8 @@ import execute
 import fresh
 import nbformat
 import pytest
-from api_pages import tables_as_rst
 from convert import convert
+from docstrings import tables_as_rst
 from links import chapters, install_cell
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 

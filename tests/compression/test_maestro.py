@@ -18,6 +18,7 @@ from lowrank_ref.compression.maestro import (
     prefix_product,
     rank_pairs,
     ranks_within,
+    strengths,
     tail_norms,
 )
 from lowrank_ref.core.io import load_tensors, save_tensors
@@ -119,6 +120,31 @@ def test_ranks_within_takes_all_when_it_can_and_one_at_least():
     for costs, budget, message in [([1, 1], 1.5, "budget"), ([1], 9, "costs: got 1"), ([1, 0], 9, "costs: got 0.0")]:
         with pytest.raises(ValueError, match=message):
             ranks_within(importances, costs, budget)
+
+
+@given(sizes)
+def test_strengths_by_loops_and_singular_values_after_an_svd(shape):
+    A, B = factors(*shape)
+    parts = [torch.outer(B[:, b], A[b]).square().sum().sqrt().item() for b in range(len(A))]
+    assert strengths(A, B).tolist() == pytest.approx(parts)
+    assert_close(strengths(*nested_optimum(B @ A)), torch.linalg.svdvals(B @ A))
+
+
+def test_ranks_within_counts_strengths_in_any_order():
+    assert ranks_within([torch.tensor([0.2, 3.0, 2.0]), torch.tensor([1.0, 2.5])], [1, 1], 4) == [2, 2]
+    assert ranks_within([torch.tensor([0.2, 3.0, 2.0]), torch.tensor([1.0, 2.5])], [1, 1], 3) == [2, 1]
+
+
+def test_a_long_tail_of_small_components_outbids_strong_ones_by_importance_only():
+    few, many = torch.tensor([1.0, 0.8, 0.6, 0.4]), torch.tensor([1.0] + [0.05] * 60)
+
+    def relative(values):
+        return values / values.norm()
+
+    pairs = [(s.sqrt()[:, None], s.sqrt()[None]) for s in (few, many)]  # both factors carry half of each strength
+    assert ranks_within([relative(strengths(A, B)) for A, B in pairs], [1, 1], 6) == [4, 1]
+    by_tails = ranks_within([importance(A, B) / importance(A, B)[0] for A, B in pairs], [1, 1], 6)
+    assert by_tails[1] > 1 and by_tails[0] < 4  # together, the small ones are worth 3
 
 
 # Exact invariants, numbered as in the chapter.

@@ -11,7 +11,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank_ref.compression.maestro import MaestroLinear, group_lasso, prefix_product
-from lowrank_ref.compression.maestro_layers import MaestroConv2d, decompose, deployed, maestro_layers, penalty, resorted
+from lowrank_ref.compression.maestro_layers import (
+    MaestroConv2d,
+    decompose,
+    deployed,
+    maestro_layers,
+    penalty,
+    ranks_by_loss,
+    resorted,
+)
 from lowrank_ref.core.io import load_tensors, save_tensors
 
 
@@ -235,6 +243,61 @@ def test_resorted_computes_the_same_and_has_the_best_prefixes():
             assert gap.item() == pytest.approx(S[b:].square().sum().item(), abs=1e-9)
     with pytest.raises(ValueError, match="without Maestro layer"):
         resorted(net())
+
+
+def searched(model, costs, budget):
+    """The greedy search by slow loops: every candidate is built by `deployed`."""
+    ranks, y = [layer.rank for _, layer in maestro_layers(model)], model(X)
+
+    def loss(ranks):
+        return F.mse_loss(deployed(model, ranks)(X), y).item()
+
+    while sum(r * c for r, c in zip(ranks, costs)) > budget:
+        best = (float("inf"), None)
+        for i, rank in enumerate(ranks):
+            if rank > 1:
+                fewer = max(1, rank // 10)
+                then = [*ranks[:i], rank - fewer, *ranks[i + 1 :]]
+                best = min(best, ((loss(then) - loss(ranks)) / (fewer * costs[i]), then))
+        ranks = best[1]
+    return ranks
+
+
+@pytest.mark.parametrize("share", [0.9, 0.4, 0.15])
+def test_ranks_by_loss_is_the_greedy_search_and_leaves_the_model(share):
+    model = decompose(net()).eval()
+    layers = [layer for _, layer in maestro_layers(model)]
+    costs = [float(layer.A.shape[1] + len(layer.B)) for layer in layers]
+    budget = share * sum(c * layer.rank for c, layer in zip(costs, layers))
+    before, y = copy.deepcopy(model.state_dict()), model(X).detach()
+    model.train()
+    for layer in layers:
+        layer.cut = 1  # cuts of training must not act
+    found = ranks_by_loss(model, lambda m: F.mse_loss(m(X), y), costs, budget)
+    assert model.training and [layer.rank for layer in layers] == [len(layer.A) for layer in layers]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert found == searched(model.eval(), costs, budget)
+    assert sum(r * c for r, c in zip(found, costs)) <= budget and min(found) >= 1
+
+
+def test_ranks_by_loss_spares_the_layer_that_matters():
+    model = decompose(nn.Sequential(nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)).double())
+    with torch.no_grad():
+        model[1].B[:, 1:] = 0  # the second layer has one component, whatever its rank
+    x = gaussian(20, 6)
+    y = model(x).detach()
+    assert ranks_by_loss(model, lambda m: F.mse_loss(m(x), y), [1, 1], 7) == [6, 1]
+
+
+@pytest.mark.parametrize(
+    ("costs", "budget", "message"),
+    [([1.0], 9, "costs: got 1"), ([1.0, 0.0, 1.0, 1.0], 9, "costs"), ([1.0] * 4, 3.5, "budget: got 3.5")],
+)
+def test_ranks_by_loss_refuses(costs, budget, message):
+    with pytest.raises(ValueError, match=message):
+        ranks_by_loss(decompose(net()), lambda m: 0.0, costs, budget)
+    with pytest.raises(ValueError, match="layers"):
+        ranks_by_loss(net(), lambda m: 0.0, [], 1)
 
 
 def test_deployed_refuses_other_numbers_of_ranks():

@@ -49,3 +49,11 @@ def test_report_counts_shared_parameters_once_and_names_what_trains():
 @pytest.mark.parametrize("model, line", [(nn.ReLU(), "trains 0 of 0 numbers (0.00 %)")])
 def test_report_of_nothing(model, line):
     assert str(parameter_report(model)).splitlines()[-1] == line
+
+
+def test_a_long_report_is_cut():
+    model = nn.Sequential(*(nn.Linear(1, 2, bias=False) for _ in range(673)))
+    lines = str(parameter_report(model)).splitlines()
+    assert len(lines) == 1 + accounting.MOST + 1 and lines[-2].split() == ["and", "610", "more", "1,220"]
+    assert lines[-1] == "trains 1,346 of 1,346 numbers (100.00 %)"
+    assert len(parameter_report(model).rows) == 673

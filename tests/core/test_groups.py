@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_ref.adapters import DoRALinear, LoRALinear, RandLoRALinear
+from lowrank_ref.adapters import DoRALinear, LoRALinear, LoRAXSLinear, RandLoRALinear
 from lowrank_ref.core.groups import optimizer_groups
 from lowrank_ref.core.layers import replace_linears
 from lowrank_ref.lowbit import HGFLinear
@@ -33,6 +33,7 @@ def groups_of(make):
         (DoRALinear, {"0.A", "0.B"}, {"0.magnitude"}),
         (SoRALinear, {"0.A", "0.B"}, {"0.g"}),
         (RandLoRALinear, {"0.lam"}, {"0.gamma"}),
+        (LoRAXSLinear, set(), {"0.R"}),
     ],
 )
 def test_layers_say_what_takes_no_decay(make, decayed, spared):

@@ -1,6 +1,8 @@
 """The fast products against their definitions: values, gradients, dtypes, and what they keep for backward."""
 
 import copy
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from lowrank_ref.core.products import (
     randlora_linear,
     row_norms,
     through_delta,
+    through_weight,
 )
 from lowrank_ref.ranks import SoRALinear
 
@@ -34,14 +37,18 @@ def assert_close(got, wanted, atol=1e-12):
     torch.testing.assert_close(got, wanted, rtol=0, atol=atol)
 
 
-def lora_case(m, n, r):
+def lora_case(m, n, r, few=0):
     """Function, definition and arguments."""
+
+    def function(*parts):
+        with mock.patch.object(products, "FEW", few):  # 0: by the backward of its own
+            return lora_linear(*parts, 0.7)
 
     def definition(x, W, bias, A, B):
         return F.linear(x, W, bias) + lora_update(x, A, B, 0.7)
 
     parts = gaussian(m, n), gaussian(m, seed=1), gaussian(r, n, seed=2), gaussian(m, r, seed=3)
-    return lambda *p: lora_linear(*p, 0.7), definition, parts
+    return function, definition, parts
 
 
 def dora_case(m, n, r):
@@ -69,6 +76,7 @@ def randlora_case(m, n, r, fused=False):
 
 CASES = {
     "lora": lora_case,
+    "lora, few": partial(lora_case, few=products.FEW),
     "dora": dora_case,
     "randlora": randlora_case,
     "randlora, fused": lambda m, n, r: randlora_case(m, n, r, fused=True),
@@ -96,7 +104,7 @@ def test_value_and_all_gradients_are_those_of_the_definition(name, shape, rows, 
 
 
 @pytest.mark.parametrize("shape", [(5, 4, 2), (4, 5, 3), (3, 3, 1)])
-@pytest.mark.parametrize("name", ["lora", "randlora", "randlora, fused"])
+@pytest.mark.parametrize("name", ["lora", "lora, few", "randlora", "randlora, fused"])
 def test_gradcheck(name, shape):
     """DoRA holds its norm constant in backward, which no difference quotient does."""
     function, _, parts = CASES[name](*shape)
@@ -213,6 +221,99 @@ def test_half_precision_is_close_and_dtypes_are_those_of_a_linear_layer(name, dt
         assert (got.double() - exact).norm() <= (0.02 if half else 1e-5) * exact.norm()
 
 
+# LoRA under autocast through W + s·BA, where the rank is large.
+
+
+def thick(rank, weight_dtype=torch.float32):
+    """x, W, bias, A and B of a (48, 40) layer and 64 tokens; through the weight with rank 8."""
+    parts = gaussian(64, 40, seed=7), gaussian(48, 40) / 6, gaussian(48, seed=1), gaussian(rank, 40, seed=2) / 6
+    x, W, bias, A, B = (t.float() for t in (*parts, gaussian(48, rank, seed=3) / 6))
+    return [t.requires_grad_() for t in (x, W.to(weight_dtype), bias, A, B)]
+
+
+@pytest.mark.parametrize("rank, through", [(7, False), (8, True), (9, False)])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_both_ways_are_close_to_the_definition(rank, through, x_dtype):
+    assert through_weight(64, rank, 48, 40) == through
+    tensors = thick(rank)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    z = F.linear(*exact[:3]) + lora_update(exact[0], *exact[3:], 0.7)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(tensors[0].to(x_dtype), *tensors[1:], 0.7)
+        y.float().square().sum().backward()  # also inside the context, as many training loops do
+    z.square().sum().backward()
+    assert y.dtype == torch.bfloat16
+    for t, e in zip([y, *(t.grad for t in tensors)], [z, *(e.grad for e in exact)]):
+        assert (t.double() - e).norm() <= 0.02 * e.norm()
+    assert all(t.grad.dtype == t.dtype for t in tensors)
+
+
+def test_through_the_weight_the_sum_is_rounded_once_and_only_where_the_weight_is_rounded_anyway():
+    x, W, _, A, B = (t.detach() for t in thick(8))
+    with torch.autocast("cpu", torch.bfloat16):
+        V = lora_linear(torch.eye(64, 40), W, None, A, B, 0.7)[:40].T
+        assert torch.equal(lora_linear(x, W, None, A, 0 * B, 0.7), F.linear(x, W))  # starts at the base
+        half = lora_linear(x, W.bfloat16(), None, A, B, 0.7)
+    assert torch.equal(V, (W + 0.7 * (B.bfloat16() @ A.bfloat16()).float()).bfloat16())
+    exact = F.linear(x.double(), W.bfloat16().double()) + 0.7 * (x.double() @ A.double().T @ B.double().T)
+    assert (half - exact).norm() < 0.005 * exact.norm()  # a bfloat16 weight keeps a product of its own for the update
+
+
+def test_through_weight_counts_flops():
+    for m, n, r in [(512, 512, 85), (512, 512, 86), (1376, 512, 124), (1376, 512, 125), (8, 8, 1), (8, 8, 2)]:
+        assert through_weight(10**9, r, m, n) == (6 * m * n < 4 * m * n + 6 * r * (m + n))
+    assert through_weight(1024, 128, 512, 512) and not through_weight(1023, 128, 512, 512)  # few tokens: the factors
+
+
+@pytest.mark.parametrize("rank, forward, backward", [(8, 7, 10), (4, 8, 11)])
+def test_a_step_takes_few_operators(rank, forward, backward):
+    """Under autocast, with a float32 base and a scale that is not 1. A dense layer takes 3 and 4, on more numbers."""
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        names: list = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            free = function.is_view or any(name in str(function) for name in ("empty", "detach", "_unsafe_view"))
+            self.names += [] if free else [str(function)]
+            return function(*args, **(kwargs or {}))
+
+    layer, x = LoRALinear(nn.Linear(40, 48, bias=False), rank), gaussian(64, 40).float().requires_grad_()
+    with Count() as count:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        ahead, dy = len(count.names), torch.ones_like(y)
+        y.backward(dy)
+    assert (ahead, len(count.names) - ahead - 1) == (forward, backward), count.names
+
+
+def test_few_numbers_have_second_derivatives():
+    function, _, parts = CASES["lora, few"](5, 4, 2)
+    tensors = [t.requires_grad_() for t in (gaussian(3, 4, seed=7), *parts)]
+    assert torch.autograd.gradgradcheck(function, tensors)
+
+
+def test_through_the_weight_all_of_autograd_works():
+    """Second derivatives and the transforms of `torch.func`, which the backward of its own refuses."""
+    x, W, bias, A, B = thick(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(x, W, bias, A, B, 0.7)
+        gradient = torch.func.grad(lambda A: lora_linear(x, W, bias, A, B, 0.7).float().sum())(A)
+    (dx,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+    dx.sum().backward()
+    assert A.grad.norm() > 0 and gradient.norm() > 0
+
+
+@pytest.mark.parametrize("rank", [4, 8])
+def test_bfloat16_inputs_under_autocast_take_the_fast_way_too(rank):
+    layer, x = LoRALinear(nn.Linear(40, 48), rank), gaussian(64, 40).bfloat16()
+    assert not is_plain(layer.base, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_plain(layer.base, x) and layer.as_one(x)
+        assert torch.equal(layer(x), layer.base(x))
+        whole = torch.ones(5, 40, dtype=torch.int64)
+        assert not is_plain(layer.base, whole)
+
+
 def test_computing_dtype():
     x = torch.ones(2)
     assert computing_dtype(x) == torch.float32 and computing_dtype(x.bfloat16()) == torch.bfloat16
@@ -240,9 +341,11 @@ def kept_numbers(function, *known):
 TOKENS, WIDE, R = 300, 64, 4
 
 
+@pytest.mark.parametrize("few", [0, products.FEW])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [LoRALinear, DoRALinear, SoRALinear])
-def test_a_layer_keeps_x_its_parameters_and_a_rank_r_product(make, dtype):
+def test_a_layer_keeps_x_its_parameters_and_a_rank_r_product(make, dtype, few, monkeypatch):
+    monkeypatch.setattr(products, "FEW", few)
     layer = make(nn.Linear(WIDE, WIDE, dtype=dtype), R, generator=seeded())
     x = gaussian(TOKENS, WIDE).to(dtype).requires_grad_()
     count, _ = kept_numbers(lambda: layer(x), x, *layer.parameters())
@@ -322,7 +425,8 @@ def test_is_plain():
     assert is_plain(nn.Linear(3, 3), x) and is_plain(Conv1D(3, 3), x)
     assert not is_plain(Doubled(3, 3), x) and not is_plain(nn.Linear(3, 3).double(), x)
     parametrized = nn.utils.parametrizations.orthogonal(nn.Linear(3, 3))
-    assert not is_plain(parametrized, x)
+    assert not is_plain(parametrized, x) and not is_plain(nn.Linear(3, 3).half(), x.half())
+    assert not is_plain(nn.Linear(3, 3), x.long()) and not is_plain(nn.Linear(3, 3), x.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
         assert is_plain(nn.Linear(3, 3).bfloat16(), x)
 
@@ -354,7 +458,7 @@ def test_randlora_is_the_same_through_delta_and_through_the_factors(shape, fused
             torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-9)
 
 
-@each_case
+@pytest.mark.parametrize("name", ["lora", "dora", "randlora", "randlora, fused"])
 def test_a_second_derivative_raises(name):
     function, _, parts = CASES[name](5, 4, 2)
     x = gaussian(3, 4, seed=7).requires_grad_()

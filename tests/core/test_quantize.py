@@ -35,6 +35,10 @@ def test_the_code_has_256_rising_values_with_zero_and_one(signed):
     assert (code[0] < -0.99) == signed
 
 
+def test_the_signed_code_has_no_minus_one():
+    assert round(dynamic_code(True).min().item(), 3) == -0.993 and dynamic_code(False).min() == 0
+
+
 def test_seven_decades_each_with_twice_the_points():
     code = dynamic_code(True).double()
     counts = [int(((code > 10.0 ** (d - 7)) & (code < 10.0 ** (d - 6))).sum()) for d in range(7)]

