@@ -300,7 +300,7 @@ class Comparison:
         return self.arms[method]
 
     def _count(self, method: str, lr: float, name: str) -> str:
-        found = {int(row[name]) for row in self._index[1].get((method, lr), ()) if name in row}
+        found = {int(row[name]) for row in self._runs.get((method, lr), ()) if name in row}
         return " or ".join(f"{count:,}" for count in sorted(found)) or "-"
 
     def differing(self, a: str, b: str) -> dict[str, tuple[str, str]]:
