@@ -29,7 +29,7 @@ from lowrank_ref.adapters.gradient_start import start_lora_sb
 from lowrank_ref.adapters.lora import LoRALinear, lora_plus_groups, lora_scaling, rslora_scaling
 from lowrank_ref.adapters.lora_sb import LoRASBLinear
 from lowrank_ref.adapters.nola import NOLALinear
-from lowrank_ref.adapters.nola_file import load_packed, save_packed
+from lowrank_ref.adapters.nola_file import load_nola, save_nola
 from lowrank_ref.adapters.peft_format import load_peft, save_peft
 from lowrank_ref.adapters.randlora import RandLoRALinear
 from lowrank_ref.adapters.singular_core import SingularCoreLinear
@@ -48,12 +48,12 @@ __all__ = [
     "RandLoRALinear",
     "SVFitLinear",
     "SingularCoreLinear",
-    "load_packed",
+    "load_nola",
     "load_peft",
     "lora_plus_groups",
     "lora_scaling",
     "rslora_scaling",
-    "save_packed",
+    "save_nola",
     "save_peft",
     "start_lora_sb",
 ]

@@ -41,7 +41,7 @@ def _tensors(model: nn.Module, layers: list[NOLALinear], coefficients: list[Tens
     }
 
 
-def save_packed(model: nn.Module, path: str | Path, bits: int = 4) -> None:
+def save_nola(model: nn.Module, path: str | Path, bits: int = 4) -> None:
     """Write the smallest file that rebuilds the updates: codes of all coefficients, two steps and a recipe a layer.
 
     Args:
@@ -58,8 +58,8 @@ def save_packed(model: nn.Module, path: str | Path, bits: int = 4) -> None:
 
 
 @torch.no_grad()
-def load_packed(model: nn.Module, path: str | Path) -> None:
-    """Load what `save_packed` wrote into a model with the same layers: all of them, or none if something is wrong.
+def load_nola(model: nn.Module, path: str | Path) -> None:
+    """Load what `save_nola` wrote into a model with the same layers: all of them, or none if something is wrong.
 
     Raises:
         FileNotFoundError: no such file.
@@ -69,7 +69,7 @@ def load_packed(model: nn.Module, path: str | Path) -> None:
     layers, file = _layers(model), load_tensors(path, kind="nola")
     bits = int(file["bits"]) if file.get("bits") is not None and file["bits"].ndim == 0 else 0
     if not 2 <= bits <= 8:
-        raise ValueError(f"path: got {path} of {bits} bits, wanted a file of save_packed()")
+        raise ValueError(f"path: got {path} of {bits} bits, wanted a file of save_nola()")
     coefficients = [c for layer in layers for c in (layer.alpha, layer.beta)]
     wanted = _tensors(model, layers, [torch.zeros_like(c, device="cpu") for c in coefficients], bits)
     if not torch.equal(file.get("card", torch.empty(0)), wanted["card"]):

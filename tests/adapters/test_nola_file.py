@@ -9,7 +9,7 @@ from battery import gaussian, seeded
 from safetensors.torch import load_file
 from torch import nn
 
-from lowrank_ref.adapters import LoRALinear, NOLALinear, load_packed, save_packed
+from lowrank_ref.adapters import LoRALinear, NOLALinear, load_nola, save_nola
 from lowrank_ref.adapters.nola_bits import rounded
 from lowrank_ref.core.io import save_adapters, save_tensors
 from lowrank_ref.core.layers import adapters, replace_linears
@@ -34,8 +34,8 @@ def model(seed=0, moved=True, pattern="", **options):
 def test_a_file_rebuilds_what_was_rounded(bits, tmp_path):
     old, new, x = model(1), model(2), gaussian(3, 6)
     new[0].alpha.data.fill_(torch.nan)  # as of a layer that has not been loaded yet
-    save_packed(old, tmp_path / "x", bits)
-    load_packed(new, tmp_path / "x")
+    save_nola(old, tmp_path / "x", bits)
+    load_nola(new, tmp_path / "x")
     for (_, a), (_, b) in zip(adapters(old), adapters(new)):
         assert torch.equal(a.recipe, b.recipe)
         assert torch.equal(b.alpha, rounded(a.alpha, bits)) and torch.equal(b.beta, rounded(a.beta, bits))
@@ -54,10 +54,10 @@ def test_a_file_rebuilds_what_was_rounded(bits, tmp_path):
 def test_kept_bases_are_drawn_anew_after_loading(tmp_path):
     old, new, x = model(1, keep=True), model(2, keep=True), gaussian(3, 6)
     new(x)
-    save_packed(old, tmp_path / "x", 8)
-    load_packed(new, tmp_path / "x")
+    save_nola(old, tmp_path / "x", 8)
+    load_nola(new, tmp_path / "x")
     fresh = model(3)
-    load_packed(fresh, tmp_path / "x")
+    load_nola(fresh, tmp_path / "x")
     torch.testing.assert_close(new(x), fresh(x), rtol=0, atol=1e-12)
 
 
@@ -66,18 +66,18 @@ def test_kept_bases_are_drawn_anew_after_loading(tmp_path):
     [{"rank": 3}, {"scale": 1.0}, {"start": "random"}, {"bases": (8, 5)}, {"pattern": "0"}],
 )
 def test_other_layers_or_settings_are_refused(other, tmp_path):
-    save_packed(model(1), tmp_path / "x")
+    save_nola(model(1), tmp_path / "x")
     target = model(2, **other)
     before = copy.deepcopy(target.state_dict())
     with pytest.raises(ValueError, match="of layers with other paths, shapes or settings"):
-        load_packed(target, tmp_path / "x")
+        load_nola(target, tmp_path / "x")
     assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
 
 
 def test_rounding_in_training_is_no_other_layer(tmp_path):
     trained, plain = model(1, bits=4), model(2)
-    save_packed(trained, tmp_path / "x", 4)
-    load_packed(plain, tmp_path / "x")
+    save_nola(trained, tmp_path / "x", 4)
+    load_nola(plain, tmp_path / "x")
     assert torch.equal(plain(gaussian(3, 6)), trained(gaussian(3, 6)))
 
 
@@ -85,9 +85,9 @@ def test_foreign_files_and_damage_leave_the_model_as_it_was(tmp_path):
     good, target = model(1), model(2)
     before = copy.deepcopy(target.state_dict())
     save_adapters(good, tmp_path / "adapters")
-    save_packed(good, tmp_path / "cut")
+    save_nola(good, tmp_path / "cut")
     (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:-1])
-    save_packed(good, tmp_path / "x")
+    save_nola(good, tmp_path / "x")
     sound = load_file(tmp_path / "x")
     wrong = sound["recipes"].clone()
     wrong[1, 0] += 1  # the second layer: the first is not loaded either
@@ -103,30 +103,30 @@ def test_foreign_files_and_damage_leave_the_model_as_it_was(tmp_path):
     save_tensors({"a": torch.ones(1)}, tmp_path / "empty", kind="nola")
     for name in ("adapters", "cut", "seed", "step", "bits", "code", "empty"):
         with pytest.raises(ValueError):
-            load_packed(target, tmp_path / name)
+            load_nola(target, tmp_path / name)
         assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items()), name
     with pytest.raises(FileNotFoundError):
-        load_packed(target, tmp_path / "none")
+        load_nola(target, tmp_path / "none")
 
 
 def test_models_and_bits_that_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="model: got no adapters, wanted NOLALinear"):
-        save_packed(nn.Linear(2, 2), tmp_path / "x")
+        save_nola(nn.Linear(2, 2), tmp_path / "x")
     mixed = replace_linears(model(pattern="0"), "2", partial(LoRALinear, rank=1))
     with pytest.raises(ValueError, match=r"model: got \['2'\], wanted NOLALinear"):
-        save_packed(mixed, tmp_path / "x")
+        save_nola(mixed, tmp_path / "x")
     for bits, error in ((9, ValueError), (4.0, TypeError)):
         with pytest.raises(error, match="bits"):
-            save_packed(model(), tmp_path / "x", bits)
+            save_nola(model(), tmp_path / "x", bits)
     broken = model()
     broken[0].alpha.data[0] = torch.inf
     with pytest.raises(ValueError, match="NaN or infinite"):
-        save_packed(broken, tmp_path / "x")
+        save_nola(broken, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
 def test_the_file_of_a_large_model_is_nearly_all_coefficients(tmp_path):
     layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(50))
     replace_linears(layers, "", partial(NOLALinear, rank=2, bases=64, generator=seeded()))
-    save_packed(layers, tmp_path / "x", 4)
+    save_nola(layers, tmp_path / "x", 4)
     assert (tmp_path / "x").stat().st_size < 50 * (64 + 16 + 8) + 1000

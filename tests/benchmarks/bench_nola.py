@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from common import Runs, arguments, milliseconds, peak_mib, reset_peak
 
-from lowrank_ref.adapters import LoRALinear, NOLALinear, nola_bases, save_packed
+from lowrank_ref.adapters import LoRALinear, NOLALinear, nola_bases, save_nola
 from lowrank_ref.core.accounting import parameter_report
 from lowrank_ref.core.io import save_adapters
 from lowrank_ref.core.layers import replace_linears
@@ -54,7 +54,7 @@ def sizes(model: GPT, name: str) -> dict[str, int]:
         save_adapters(model, path)
         found["file_bytes"] = path.stat().st_size
         if name.startswith("NOLA"):
-            save_packed(model, path, 4)
+            save_nola(model, path, 4)
             found["packed_bytes"] = path.stat().st_size
     return found
 

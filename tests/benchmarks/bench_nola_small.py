@@ -54,6 +54,9 @@ ARMS = (
     "LoRA r=1, first and last layer",
     "NOLA r=8 k=32, one row repeated",
     "NOLA r=8 k=32, no A₀",
+    "NOLA r=8 k=32, no A₀, α/√n",
+    "random core",
+    "random matrices",
     *(f"NOLA r=8 k=32, {bits} bits in training" for bits in (4, 3, 2)),
 )
 
@@ -77,6 +80,30 @@ class RandomPairs(AdaptedLinear):
         return (self.U * self.d) @ self.V.T  # type: ignore[operator, union-attr]
 
 
+class RandomMixture(AdaptedLinear):
+    """ΔW = Σ cᵢMᵢ with 64 frozen random matrices of norm 1; c is trained, from 0.
+
+    core: M = uₐv_bᵀ with 8 random orthonormal u and 8 v, so ΔW = UCVᵀ with C (8, 8). Else M has normal entries.
+    """
+
+    adapter_names = ("c",)
+
+    def __init__(self, base: nn.Module, *, core: bool, generator: torch.Generator) -> None:
+        m, n = weight_of(base).shape
+        super().__init__(base)
+        if core:
+            U, V = (torch.linalg.qr(torch.randn(size, 8, generator=generator)).Q for size in (m, n))
+            M = torch.einsum("ma,nb->abmn", U, V).flatten(0, 1)
+        else:
+            M = torch.randn(64, m, n, generator=generator) / (m * n) ** 0.5
+        self.register_buffer("M", M)
+        self.c = nn.Parameter(torch.zeros(64))
+
+    def delta_weight(self) -> Tensor:
+        """Return Σ cᵢMᵢ."""
+        return torch.tensordot(self.c, self.M, dims=1)  # type: ignore[arg-type]
+
+
 def adapt(model: nn.Module, name: str, generator: torch.Generator) -> None:
     """Adapt the network in place as the arm's name says. LoRA and NOLA have s = 2."""
     kind, rank, bases = name.split()[0], re.search(r"r=(\d+)", name), re.search(r"k=(\d+)", name)
@@ -87,8 +114,10 @@ def adapt(model: nn.Module, name: str, generator: torch.Generator) -> None:
     bits = re.search(r"(\d) bits", name)
 
     def factory(linear: nn.Linear) -> nn.Module:
-        if rank is None:
+        if rank is None and name == "random pairs":
             return RandomPairs(linear, generator=generator)
+        if rank is None:
+            return RandomMixture(linear, core=name == "random core", generator=generator)
         r = min(int(rank[1]), *linear.weight.shape)
         if bases is None:
             return LoRALinear(linear, r, alpha=2 * r, generator=generator)
@@ -96,7 +125,10 @@ def adapt(model: nn.Module, name: str, generator: torch.Generator) -> None:
         if "repeated" in name:  # all r rows of A alike, all columns of B: the update of rank 1, r times
             return NOLALinear(linear, 1, scale=2.0 * r, **options)
         start = "random" if "no A₀" in name else "offset"
-        return NOLALinear(linear, r, start=start, bits=int(bits[1]) if bits else None, **options)
+        layer = NOLALinear(linear, r, start=start, bits=int(bits[1]) if bits else None, **options)
+        if "α/√n" in name:  # the start of A is then as large as A₀
+            layer.alpha.data /= linear.in_features**0.5
+        return layer
 
     layers = {"first layer only": r"^layers\.0$", "first and last layer": r"^layers\.[02]$"}
     replace_linears(model, layers.get(name.partition(", ")[2], r"^layers\."), factory)
