@@ -77,7 +77,7 @@ class RandomPairs(AdaptedLinear):
 
     def delta_weight(self) -> Tensor:
         """Return U diag(d) Vᵀ."""
-        return (self.U * self.d) @ self.V.T  # type: ignore[operator, union-attr]
+        return (self.U * self.d) @ self.V.T  # type: ignore[operator]
 
 
 class RandomMixture(AdaptedLinear):
@@ -101,7 +101,7 @@ class RandomMixture(AdaptedLinear):
 
     def delta_weight(self) -> Tensor:
         """Return Σ cᵢMᵢ."""
-        return torch.tensordot(self.c, self.M, dims=1)  # type: ignore[arg-type]
+        return torch.tensordot(self.c, self.M, dims=1)
 
 
 def adapt(model: nn.Module, name: str, generator: torch.Generator) -> None:
