@@ -27,7 +27,6 @@ LONGEST_READ = 25  # minutes
 #: Chapters that take longer than they may.
 TOO_LONG = [
     "adapters/randlora",
-    "adapters/svfit",
     "analysis/artificial_entanglement",
     "optimizers/galore",
     "pretraining/sltrain",
