@@ -25,7 +25,7 @@ MODULE = """# {title}
 ```{{eval-rst}}
 .. automodule:: {module}
    :members:
-   :inherited-members:
+   :inherited-members: str, object
    :show-inheritance:
 ```
 """

@@ -207,7 +207,8 @@ def store_timings(runs: list[Run], path: Path = TIMINGS) -> None:
     """Keep each chapter's time for its badge; small changes are noise, not stored."""
     old = json.loads(path.read_text()) if path.exists() else {}
     hardware = f"{os.cpu_count()}-core {platform.machine()} CPU"
-    new = {}
+    there = {str(p.relative_to(BOOK).with_suffix("")) for p in chapters()}
+    new = {chapter: time for chapter, time in old.items() if chapter in there}
     for run in runs:
         chapter = run.name.removesuffix(".ipynb")
         seconds = max(5, 5 * round(run.seconds / 5))
@@ -247,7 +248,7 @@ def main() -> int:
     paths = options.chapter or longest_first(chapters(root))
     runs = asyncio.run(run_all(paths, root, at_once))
     failed = report(runs)
-    if options.in_place and not options.chapter and not failed:
+    if options.in_place and not failed:
         store_timings(runs)
     return 1 if failed else 0
 

@@ -17,10 +17,8 @@ Reconstructed. No official code is known, and of the paper the abstract and part
 are: "information" as Σσ² (`power=1` reads it as Σσ); all singular values by default, the only count that makes the
 paper's "16 times fewer" than LoRA of rank 8 exact; no scale, no clamp (σ < 0 is a reflection); training δ from 0.
 That is the same function as training σ from σ⁰, but the start is W to the bit, and weight decay pulls to W, not to 0.
-
 Relatives: with all values it is SVFT's plain form; `form="multiplicative"`, δ = S ⊙ (z - 1), is SVF of Transformer²;
 an r × r matrix in δ's place is in `singular_core`. Controls, which train other directions, are in `singular_pairs`.
-
 Cost per layer: r trained numbers, Adam 2r; r(m+n) frozen numbers for the bases, one SVD at the start, O(mn·min(m, n));
 2r(m+n) extra FLOPs a token until merged, in forward and in backward. DDP broadcasts the bases at each forward: give it
 `broadcast_buffers=False` when all processes start from the same weights.

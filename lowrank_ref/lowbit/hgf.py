@@ -17,7 +17,6 @@ and gate start, g = tanh θ, the ramp of the warm-up, the penalty λ Σ abs g, w
 
 Deviations. θ always gets a gradient, exactly zero while the gate is held: so the layer keeps one graph under
 `torch.compile`, and every parameter its place under DDP (FSDP2 refuses a scalar). Give θ no weight decay.
-
 Cost per layer: r(m+n)+1 trained numbers besides the latent weight; 2r(m+n) extra FLOPs a token, which no merge removes.
 """
 

@@ -17,7 +17,6 @@ Deviations. The gates are trained by Adam and then shrunk, as in the official co
 plain gradient descent. The paper couples ξ = ηλ to the learning rate; the official default keeps ξ constant
 (`coupled=False`), and its operator also zeroes gates from ξ to 2ξ. The official trainer adds a second L1 term;
 here there is none, unless you add `gate_penalty`. The scale s = α/r of the full rank stays after pruning.
-
 The sparsifying schedule of the paper's algorithm 1 is in `sora_schedule.py`.
 Cost per layer: r(m+n+1) trained numbers at the full rank r, Adam state twice that; after pruning r_k(m+n).
 """
