@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lowrank_ref.adapters import lora
 from lowrank_ref.adapters.nola_bases import check_recipe, draw_bases, make_recipe, mixture, uniform
 from lowrank_ref.adapters.nola_bits import check_bits, rounded
-from lowrank_ref.core.checks import check_integer, check_number, check_rank
+from lowrank_ref.core.checks import check_integer, check_loaded, check_number, check_rank
 from lowrank_ref.core.layers import AdaptedLinear, weight_of
 from lowrank_ref.core.products import lora_linear
 from lowrank_ref.core.registry import PaperInfo
@@ -157,6 +157,7 @@ class NOLALinear(AdaptedLinear):
 
     def factors(self) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]:
         """Return A and B, drawn and mixed."""
+        check_loaded("recipe", self.recipe)
         A = self._mixed(self.alpha, 0, (self.rank, self.in_features))
         if self.start == "offset":
             A = start_matrix(self.recipe[0], self.rank, self.in_features, A.dtype) + A
