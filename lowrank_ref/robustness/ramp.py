@@ -20,7 +20,6 @@ here equation 2 takes the maximum of the two losses at hand, the same without ba
 fuses running statistics of batch norm; here buffers are those of the adversarially trained model. Which pair to train
 on: the paper says the two largest balls, which is not the pair it uses on CIFAR-10; `threats.is_free` gives a reason.
 Union accuracy is in `threats`, the attacks in `attacks`.
-
 Cost: two attacks a batch (three for MAX over three norms); with gradient projection one natural epoch beside each
 adversarial one, a copy of the model, its optimizer's state, and a copy of the weights at the start of the epoch.
 Works under DDP if every process takes the same steps. FSDP2: cosines would be those of shards; not supported.
@@ -147,7 +146,8 @@ def fuse(
         projection: GP, called as projection(g_n, g_a).
     """
     check_number("beta", beta, low=0, high=1)
-    return f + beta * projection(f_n - f, g_a := f_a - f) + (1 - beta) * g_a
+    g_n, g_a = f_n - f, f_a - f
+    return f + beta * projection(g_n, g_a) + (1 - beta) * g_a
 
 
 class GradientProjection(Action):
