@@ -209,7 +209,7 @@ class SVFitLinear(AdaptedLinear):
         W = weight_of(self.base).detach()
         if not fits or comes_along or W.is_meta or self.pairs not in ("top", "bottom", "any"):
             return  # what PyTorch says of missing names and other shapes is better
-        U, S, Vh, W = (t.to(self.U) for t in (*got, W))
+        U, S, Vh, W = (t.to(self.U) for t in (*got, W) if t is not None)
         if (W @ Vh.T - U * S).norm() > 0.3 * W.norm() * (self.rank / min(W.shape)) ** 0.5:
             raise ValueError(f"{prefix}U, {prefix}Vh: got those of another weight, wanted those of this layer's")
 
