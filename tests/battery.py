@@ -245,6 +245,16 @@ def distributed_layer(rank, world, folder, make):
     torch.distributed.destroy_process_group()
 
 
+def assert_dropout_on_the_update(layer, x, atol=1e-12):
+    """Dropout of one half acts on what the update reads, and not on what the base reads."""
+    torch.manual_seed(0)
+    out = layer(x)
+    torch.manual_seed(0)
+    dropped = F.dropout(x, 0.5)
+    torch.testing.assert_close(out, layer.base(x) + dropped @ layer.delta_weight().T, rtol=0, atol=atol)
+    assert not torch.equal(dropped, x)
+
+
 def assert_resumes(build, gradient):
     """Save an optimizer's run after four steps, load it elsewhere with weights_only, and go on to the same bits.
 

@@ -21,6 +21,7 @@ from sphinx.util.docutils import SphinxDirective
 from chapter_header import gpus, timing
 from lowrank_ref.core.registry import PARTS, PaperInfo, papers, reading_order
 from lowrank_ref.lab.claims import MARK, VERDICTS
+from lowrank_ref.lab.compare import Comparison
 from lowrank_ref.lab.results import older_than_code, stored
 
 #: The columns of a claim table.
@@ -187,13 +188,10 @@ def chooser(book: Path) -> str:
 
 def best_rate(rows: list[dict], arm: str, metric: str) -> tuple[float, bool]:
     """The rate with the lowest mean over seeds, and whether it lies inside its grid."""
-    found: dict[float, list[float]] = {}
-    for row in rows:
-        if row["method"] == arm:
-            found.setdefault(row["lr"], []).append(row[metric])
-    means = {lr: sum(values) / len(values) for lr, values in found.items()}
-    best = min(means, key=lambda lr: means[lr])
-    return best, min(means) < best < max(means)
+    own = [row for row in rows if row["method"] == arm]
+    grid = {arm: tuple(sorted({row["lr"] for row in own}))}
+    best = Comparison(own, grid, metric).best()[arm]
+    return best.lr, not best.edge
 
 
 def rates(book: Path) -> str:

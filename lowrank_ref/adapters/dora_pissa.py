@@ -132,10 +132,6 @@ class PiSSALinear(LoRALinear):
         A, B = pissa_factors(W, self.rank, self.scale)
         return A.contiguous(), B.contiguous()
 
-    def step_factors(self) -> tuple[Tensor, Tensor, float]:
-        """Return the factors of s·(BA - B₀A₀)."""
-        return self.lora_factors()
-
     def delta_weight(self) -> Float[Tensor, "m n"]:
         """Return s·(BA - B₀A₀)."""
         return delta_weight(*self.lora_factors())

@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_ref.core.checks import check_number, check_rank
-from lowrank_ref.core.layers import AdaptedLinear, adapters, weight_of
-from lowrank_ref.core.products import lora_linear
+from lowrank_ref.core.layers import FactoredLinear, adapters, weight_of
 from lowrank_ref.core.registry import PaperInfo
 
 
@@ -102,7 +101,7 @@ def lora_plus_groups(model: nn.Module, lr: float, *, ratio: float = 16.0) -> lis
     return [{"params": rest, "lr": lr}, {"params": list(B.values()), "lr": lr * ratio}]
 
 
-class LoRALinear(AdaptedLinear):
+class LoRALinear(FactoredLinear):
     """A frozen linear layer with a trained update s·B·A.
 
     Args:
@@ -160,17 +159,6 @@ class LoRALinear(AdaptedLinear):
     def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return s·B(A·dropout(x))."""
         return lora_update(self.dropout(x), self.A, self.B, self.scale)
-
-    def step_factors(self) -> tuple[Tensor, Tensor, float]:
-        """Return (A, B, s) with ΔW = s·BA, through which gradients reach every trained number."""
-        return self.A, self.B, self.scale
-
-    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
-        """Return base(x) + x ΔWᵀ, shape (..., m): by `lora_linear` where base and update read the same x."""
-        if not self.as_one(x):
-            return super().forward(x)
-        base: Any = self.base
-        return lora_linear(x, weight_of(base), base.bias, *self.step_factors())
 
     def lora_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return (A, B, s) with ΔW = s·BA (before DoRA rescales): what export to PEFT's format writes."""

@@ -24,7 +24,7 @@ Cost per layer: r² trained numbers, Adam twice that; a file holds r² + r(m + n
 travel. 2r(m + n + r) extra FLOPs a token until merged, or 2r(m + n) and 2mr² a step, as `lora_linear` takes B R as one.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -32,9 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_ref.core.checks import check_matrix, check_number, check_rank
-from lowrank_ref.core.layers import AdaptedLinear, weight_of
+from lowrank_ref.core.layers import FactoredLinear, weight_of
 from lowrank_ref.core.linalg import randomized_svd, svd
-from lowrank_ref.core.products import lora_linear
 from lowrank_ref.core.registry import PaperInfo
 
 #: Up to this many rows or columns an SVD is exact; beyond, a random sketch saves most of its time.
@@ -104,7 +103,7 @@ def optimal_gradient(
     return torch.linalg.solve(A @ A.T, torch.linalg.solve(B.T @ B, gradient), left=False) / scale**2
 
 
-class LoRASBLinear(AdaptedLinear):
+class LoRASBLinear(FactoredLinear):
     """A frozen linear layer with a trained core R between frozen frames, s·B R A.
 
     Args:
@@ -173,12 +172,6 @@ class LoRASBLinear(AdaptedLinear):
     def lora_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return (A, B R, s): the same update as a LoRA of rank r, which export to PEFT's format writes."""
         return self.A, self.B @ self.R, self.scale
-
-    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
-        """Return base(x) + x ΔWᵀ, shape (..., m): by `lora_linear` where base and update read the same x."""
-        if not self.as_one(x):
-            return super().forward(x)
-        return lora_linear(x, weight_of(self.base), cast(Any, self.base.bias), *self.lora_factors())
 
 
 PAPER = PaperInfo(

@@ -23,7 +23,7 @@ forward, and each backward again, draws k·r·n + l·m·r random numbers, a bloc
 r(m + n) numbers, and no basis. Merged, nothing is left.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,8 +33,7 @@ from lowrank_ref.adapters import lora
 from lowrank_ref.adapters.nola_bases import check_recipe, draw_bases, make_recipe, mixture, uniform
 from lowrank_ref.adapters.nola_bits import check_bits, rounded
 from lowrank_ref.core.checks import check_integer, check_loaded, check_number, check_rank
-from lowrank_ref.core.layers import AdaptedLinear, weight_of
-from lowrank_ref.core.products import lora_linear
+from lowrank_ref.core.layers import FactoredLinear, weight_of
 from lowrank_ref.core.registry import PaperInfo
 
 STARTS = ("offset", "random")
@@ -90,7 +89,7 @@ def start_matrix(seed: Tensor, rank: int, n: int, dtype: torch.dtype) -> Float[T
     return uniform(seed, 2, 0, rank * n, dtype).view(rank, n) / n**0.5
 
 
-class NOLALinear(AdaptedLinear):
+class NOLALinear(FactoredLinear):
     """A frozen linear layer with an update s·BA whose factors are mixtures of random matrices drawn from a seed.
 
     Args:
@@ -181,12 +180,6 @@ class NOLALinear(AdaptedLinear):
     def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return s·B(A·dropout(x))."""
         return lora.lora_update(self.dropout(x), *self.factors(), self.scale)
-
-    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
-        """Return base(x) + x ΔWᵀ, shape (..., m): by `lora_linear` where base and update read the same x."""
-        if not self.as_one(x):
-            return super().forward(x)
-        return lora_linear(x, weight_of(self.base), cast(Any, self.base.bias), *self.factors(), self.scale)
 
     def lora_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return (A, B, s) with ΔW = s·BA: an ordinary LoRA, which is what export to PEFT's format writes."""

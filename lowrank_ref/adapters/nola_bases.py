@@ -24,10 +24,9 @@ GPU_BLOCK = 2**21
 
 
 def _word(seed: Int64[Tensor, ""], place: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
-    """Return SplitMix64's word at each place >= 1. The masks of the lines below make `>>` shift in zeros."""
-    z = (
-        place & (2**63 - 1)
-    ) * STEP + seed  # `&` changes nothing, but has inductor multiply 64-bit numbers, not its own
+    """Return SplitMix64's word at each place >= 1. The masks of the last three lines make `>>` shift in zeros."""
+    # This `&` changes nothing, but has inductor multiply 64-bit numbers, not its own.
+    z = (place & (2**63 - 1)) * STEP + seed
     z = (z ^ ((z >> 30) & (2**34 - 1))) * FIRST
     z = (z ^ ((z >> 27) & (2**37 - 1))) * SECOND
     return z ^ ((z >> 31) & (2**33 - 1))

@@ -203,13 +203,13 @@ class SVFitLinear(AdaptedLinear):
 
     def _check_bases(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Refuse stored singular triples that are not about those of this weight; a rounded copy of it is welcome."""
-        got, own = [state_dict.get(f"{prefix}{name}") for name in ("U", "S", "Vh")], (self.U, self.S, self.Vh)
-        fits = all(g is not None and not g.is_meta and g.shape == o.shape for g, o in zip(got, own))
+        got = [state_dict[key] for key in (f"{prefix}U", f"{prefix}S", f"{prefix}Vh") if key in state_dict]
+        fits = [g.shape for g in got if not g.is_meta] == [own.shape for own in (self.U, self.S, self.Vh)]
         comes_along = any(key.startswith(f"{prefix}base.") for key in state_dict)
         W = weight_of(self.base).detach()
         if not fits or comes_along or W.is_meta or self.pairs not in ("top", "bottom", "any"):
             return  # what PyTorch says of missing names and other shapes is better
-        U, S, Vh, W = (t.to(self.U) for t in (*got, W) if t is not None)
+        U, S, Vh, W = (t.to(self.U) for t in (*got, W))
         if (W @ Vh.T - U * S).norm() > 0.3 * W.norm() * (self.rank / min(W.shape)) ** 0.5:
             raise ValueError(f"{prefix}U, {prefix}Vh: got those of another weight, wanted those of this layer's")
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_ref.core.checks import check_loaded
-from lowrank_ref.core.products import autocasts, is_plain
+from lowrank_ref.core.products import autocasts, is_plain, lora_linear
 from lowrank_ref.core.weights import current, has_own_forward, is_conv1d, updated, weight_of, with_weight
 
 
@@ -235,6 +235,36 @@ class AdaptedLinear(Adapter):
         """Show shape and rank in `print(model)`."""
         rank = f", rank {self.rank}" if hasattr(self, "rank") else ""
         return f"{self.in_features} -> {self.out_features}{rank}"
+
+
+class FactoredLinear(AdaptedLinear):
+    """Base class of adapters whose update is s·BA: base and update are one product where both read the same x.
+
+    A subclass defines `delta_weight`, `update` and `lora_factors`. Where export writes other factors than a step needs,
+    it overrides `step_factors` too.
+
+    Example:
+        >>> from torch import nn
+        >>> from lowrank_ref.adapters import LoRALinear, RandLoRALinear
+        >>> from lowrank_ref.core.layers import FactoredLinear
+        >>> [issubclass(layer, FactoredLinear) for layer in (LoRALinear, RandLoRALinear)]
+        [True, False]
+    """
+
+    def lora_factors(self) -> tuple[Tensor, Tensor, float]:
+        """Return (A, B, s) with ΔW = s·BA: what export to PEFT's format writes."""
+        raise NotImplementedError
+
+    def step_factors(self) -> tuple[Tensor, Tensor, float]:
+        """Return (A, B, s) with ΔW = s·BA, through which gradients reach every trained number."""
+        return self.lora_factors()
+
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        """Return base(x) + x ΔWᵀ, shape (..., m): by `lora_linear` where base and update read the same x."""
+        if not self.as_one(x):
+            return super().forward(x)
+        base: Any = self.base
+        return lora_linear(x, weight_of(base), base.bias, *self.step_factors())
 
 
 class WeightLayer(nn.Module):

@@ -19,7 +19,7 @@ from torch import nn
 
 from lowrank_ref.core import huggingface, idle
 from lowrank_ref.core.accounting import parameter_report
-from lowrank_ref.core.bases import AdaptedLinear, Adapter, WeightLayer, dense
+from lowrank_ref.core.bases import AdaptedLinear, Adapter, FactoredLinear, WeightLayer, dense
 from lowrank_ref.core.matching import Pattern, capped, is_output, matcher, no_match, select
 from lowrank_ref.core.weights import (
     PLAIN,
@@ -35,6 +35,7 @@ from lowrank_ref.core.weights import (
 __all__ = [
     "AdaptedLinear",
     "Adapter",
+    "FactoredLinear",
     "Model",
     "WeightLayer",
     "adapters",

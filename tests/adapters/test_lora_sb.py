@@ -177,11 +177,8 @@ def test_7_peft_computes_the_same(tmp_path):
     torch.testing.assert_close(theirs(x), model(x), rtol=0, atol=1e-5)
 
 
-def run_turned(optimizer, turn):
-    """ΔW after three steps; with `turn`, B → B Q₁, A → Q₂ A by orthogonal Q₁, Q₂, and the core turned back."""
-    A, R, B = random_start(5, 6, 3)
-    Q1, Q2 = (torch.linalg.qr(gaussian(3, 3, seed=s)).Q for s in (11, 12))
-    layer = layer_of(5, 6, 3, start=(Q2 @ A, Q1.T @ R @ Q2.T, B @ Q1) if turn else (A, R, B))
+def after_three_steps(layer, optimizer, corrected=False):
+    """ΔW after three steps on another base."""
     with torch.no_grad():
         layer.base.weight.copy_(gaussian(5, 6, seed=20))
         layer.base.bias.zero_()
@@ -190,8 +187,19 @@ def run_turned(optimizer, turn):
     for i in range(3):
         steps.zero_grad()
         (layer(gaussian(8, 6, seed=30 + i)) - 1).square().mean().backward()
+        if corrected:  # X in the direction of W, so a step of R that moves W by -η·s·B X A wants X / s
+            layer.R.grad = optimal_gradient(layer.R.grad, layer.A, layer.B, layer.scale)
         steps.step()
     return layer.delta_weight().detach()
+
+
+def run_turned(optimizer, turn):
+    """ΔW after three steps; with `turn`, B → B Q₁, A → Q₂ A by orthogonal Q₁, Q₂, and the core turned back."""
+    A, R, B = random_start(5, 6, 3)
+    Q1, Q2 = (torch.linalg.qr(gaussian(3, 3, seed=s)).Q for s in (11, 12))
+    return after_three_steps(
+        layer_of(5, 6, 3, start=(Q2 @ A, Q1.T @ R @ Q2.T, B @ Q1) if turn else (A, R, B)), optimizer
+    )
 
 
 def test_9_turned_frames_take_the_same_way_with_sgd_and_another_with_adam():
@@ -204,19 +212,7 @@ def test_9_turned_frames_take_the_same_way_with_sgd_and_another_with_adam():
 def trajectory(optimizer, s, corrected):
     """ΔW after three steps at scale s from the same ΔW, with orthonormal frames."""
     A, R, B = update_approximation(gaussian(5, 6), 3)
-    layer = layer_of(5, 6, 3, start=(A, R / s, B), scale=s)
-    with torch.no_grad():
-        layer.base.weight.copy_(gaussian(5, 6, seed=20))
-        layer.base.bias.zero_()
-    layer._start = None
-    steps = optimizer([layer.R])
-    for i in range(3):
-        steps.zero_grad()
-        (layer(gaussian(8, 6, seed=30 + i)) - 1).square().mean().backward()
-        if corrected:  # X in the direction of W, so a step of R that moves W by -η·s·B X A wants X / s
-            layer.R.grad = optimal_gradient(layer.R.grad, layer.A, layer.B, s)
-        steps.step()
-    return layer.delta_weight().detach()
+    return after_three_steps(layer_of(5, 6, 3, start=(A, R / s, B), scale=s), optimizer, corrected)
 
 
 def test_the_scale_drops_out_of_the_corrected_step_of_sgd_and_not_of_the_plain_one():

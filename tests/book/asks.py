@@ -4,6 +4,7 @@ Each function looks at an open page and leaves it as it was, but for `axe_finds_
 has no explorer or table is not asked about it; what one page must have is named where it is asked.
 """
 
+import functools
 import re
 from importlib.resources import files
 
@@ -80,14 +81,27 @@ def icons_are_drawn(page, name):
     assert [icon for icon in icons if not re.fullmatch('"."', icon[1])] == []
 
 
-#: Folds are opened for what has no size while it is folded, and closed again.
 OPEN = "() => document.querySelectorAll('details:not([open])').forEach(d => { d.open = true; d.dataset.opened = '' })"
 CLOSE = "() => document.querySelectorAll('[data-opened]').forEach(d => { d.open = false; delete d.dataset.opened })"
 
 
+def unfolded(ask):
+    """Open all folds for a question about what has no size while it is folded, and close them again."""
+
+    @functools.wraps(ask)
+    def asked(page, name):
+        page.evaluate(OPEN)
+        try:
+            ask(page, name)
+        finally:
+            page.evaluate(CLOSE)
+
+    return asked
+
+
+@unfolded
 def terms_light_up_on_both_sides(page, name):
     """Equation beside code: by keyboard, and from the equation by mouse."""
-    page.evaluate(OPEN)
     page.wait_for_function(
         "() => [...document.querySelectorAll('.lr-beside')].every(e => e.querySelector('mjx-container .lr-t0'))"
     )
@@ -103,7 +117,6 @@ def terms_light_up_on_both_sides(page, name):
         assert pair.locator("pre .lr-t0.lr-lit").count() > 0
         page.mouse.move(0, 0)
         assert pair.locator(".lr-lit").count() == 0
-    page.evaluate(CLOSE)
 
 
 def explorers_move(page, name):
@@ -166,15 +179,14 @@ def printed_source_fits(page, name):
     assert [wide for wide in over if wide > 0] == []
 
 
+@unfolded
 def rows_are_cards_and_stay_a_table(page, name):
     tables = page.locator("table:is(.lr-wide, .lr-notation, .claims)").all()
     assert tables or name not in CARDS
-    page.evaluate(OPEN)
     for table in tables:
         assert table.evaluate("table => table.scrollWidth <= table.parentElement.clientWidth")
         assert table.get_by_role("cell").count() == table.locator("td:visible").count() > 0
         assert table.get_by_role("columnheader").count() == table.locator("th").count()
-    page.evaluate(CLOSE)
 
 
 # What is seen on paper and should not be: what belongs to the screen, what is cut off at the right, a solution of which
