@@ -112,8 +112,9 @@ def test_inherited_members_are_shown():
 
 def test_the_best_rate_is_that_of_the_lowest_mean():
     losses = {0.1: (1.0, 4.0), 0.2: (2.0, 2.0), 0.4: (0.5, 5.0)}
-    rows = [{"method": "a", "lr": lr, "loss": loss} for lr, both in losses.items() for loss in both]
-    rows += [{"method": "b", "lr": 0.8, "loss": 0.0}]
+    runs = [(lr, seed, loss) for lr, both in losses.items() for seed, loss in enumerate(both)]
+    rows = [{"method": "a", "lr": lr, "seed": seed, "loss": loss} for lr, seed, loss in runs]
+    rows += [{"method": "b", "lr": 0.8, "seed": 0, "loss": 0.0}]
     assert registry_pages.best_rate(rows, "a", "loss") == (0.2, True)
     assert registry_pages.best_rate(rows[:4], "a", "loss") == (0.2, False)
 
