@@ -314,7 +314,7 @@ def test_pytorchs_encoder_computes_with_the_update(name):
 
 def test_every_layer_of_the_package_is_a_case_here():
     everywhere = {"LoRAEmbedding", "LoRAConv2d", "MaestroConv2d"}  # no linear layers: tested in their own files
-    abstract = {"AdaptedLinear", "KeepsWide", "Ternary"}
+    abstract = {"AdaptedLinear", "FactoredLinear", "KeepsWide", "Ternary"}
 
     def below(kind):
         return {sub for child in kind.__subclasses__() for sub in (child, *below(child))}
