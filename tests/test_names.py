@@ -1,5 +1,6 @@
-"""Arguments have the names of the table in CONTRIBUTING."""
+"""Arguments have the names of the table in CONTRIBUTING, and a public name stands in one file."""
 
+import ast
 import importlib
 import inspect
 import pkgutil
@@ -15,6 +16,10 @@ ROWS = [
 #: From before the table. `sparsity` is a word of the papers there: an inverse density in RandLoRA, and the share of
 #: pixels that an l1 attack moves; `strength` is λ of two gate penalties.
 EXCEPTIONS = {"sparsity": ("adapters.randlora", "robustness"), "strength": ("lowbit.hgf", "ranks.sora")}
+#: Names that many files define, with one meaning: a paper's card, and ΔW from the trained tensors of an adapter.
+SHARED = {"PAPER": "", "delta_weight": "lowrank_ref/adapters/"}
+#: Modules whose names may change in any version, and which repeat a definition in a faster form.
+PRIVATE = {"fast", "products", "idle", "matching"}
 
 
 def arguments():
@@ -47,3 +52,43 @@ def test_every_exception_is_still_one():
     for argument, rooms in EXCEPTIONS.items():
         for room in rooms:
             assert any(a == argument and m.startswith(room) for m, _, a in names)
+
+
+def defined(text):
+    """Public names that a file defines at its top: functions, classes, constants and aliases."""
+    for node in ast.parse(text).body:
+        targets = getattr(node, "targets", [getattr(node, "target", node)])
+        for name in (getattr(target, "name", getattr(target, "id", "_")) for target in targets):
+            if not isinstance(node, ast.Import | ast.ImportFrom) and not name.startswith("_"):
+                yield name
+
+
+def twins(files):
+    """name -> the files that define it, where there are several and the name is not theirs to share."""
+    homes = {}
+    for path, text in files.items():
+        for name in defined(text):
+            homes.setdefault(name, set()).add(path)
+    return {
+        name: paths
+        for name, paths in homes.items()
+        if len(paths) > 1 and not all(path.startswith(SHARED.get(name, "-")) for path in paths)
+    }
+
+
+def test_a_public_name_is_defined_in_one_file():
+    root = Path(__file__).parents[1]
+    files = {str(p.relative_to(root)): p.read_text() for p in sorted((root / "lowrank_ref").rglob("*.py"))}
+    public = {path: text for path, text in files.items() if Path(path).stem not in PRIVATE and "/kernels/" not in path}
+    assert len(public) > 60
+    assert twins(public) == {}
+
+
+def test_twins_are_seen():
+    other = {
+        "a/x.py": "def gates(): ...\nclass A: ...\nB: int = 1\n_C = 2",
+        "b/y.py": "gates = 1\nB = 2\n_C = 1\nPAPER = 1",
+    }
+    assert set(twins(other)) == {"gates", "B"}
+    assert set(twins({"lowrank_ref/adapters/a.py": "def delta_weight(): ...", "b.py": "def delta_weight(): ..."}))
+    assert not twins({f"lowrank_ref/adapters/{x}.py": "PAPER = 1\ndef delta_weight(): ..." for x in "ab"})

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 #: SplitMix64's three constants, as signed numbers.
 STEP, FIRST, SECOND = (c - 2**64 for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 #: How many numbers are drawn together on a CPU, whose cache holds them; a GPU wants more to do at once.
-BLOCK = {"cpu": 2**16}
+BLOCKS = {"cpu": 2**16}
 GPU_BLOCK = 2**21
 
 
@@ -108,7 +108,7 @@ def mixture(
             at a time. Another block changes the result by rounding only.
     """
     if block is None:
-        block = BLOCK.get(coefficients.device.type, GPU_BLOCK)
+        block = BLOCKS.get(coefficients.device.type, GPU_BLOCK)
     step = max(1, block // (shape[0] * shape[1]))
     return _Mixture.apply(coefficients, seed, stream, shape, step)
 

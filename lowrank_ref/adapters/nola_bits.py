@@ -59,11 +59,11 @@ def rounded(c: Float[Tensor, " k"], bits: int) -> Float[Tensor, " k"]:
     return codes * step + (c - c.detach())
 
 
-def pack(codes: Int8[Tensor, " k"], bits: int) -> UInt8[Tensor, " bytes"]:
+def pack_codes(codes: Int8[Tensor, " k"], bits: int) -> UInt8[Tensor, " bytes"]:
     """Write codes of `quantize` one after the other, ⌈k·bits/8⌉ bytes; the lowest bit comes first.
 
     Example:
-        >>> pack(torch.tensor([7, -7], dtype=torch.int8), 4).tolist()
+        >>> pack_codes(torch.tensor([7, -7], dtype=torch.int8), 4).tolist()
         [14]
     """
     above = codes.int() + 2 ** (bits - 1) - 1
@@ -72,8 +72,8 @@ def pack(codes: Int8[Tensor, " k"], bits: int) -> UInt8[Tensor, " bytes"]:
     return (flat << torch.arange(8, device=codes.device)).sum(1).to(torch.uint8)
 
 
-def unpack(data: UInt8[Tensor, " bytes"], bits: int, count: int) -> Int8[Tensor, " count"]:
-    """Return the codes that `pack` wrote.
+def unpack_codes(data: UInt8[Tensor, " bytes"], bits: int, count: int) -> Int8[Tensor, " count"]:
+    """Return the codes that `pack_codes` wrote.
 
     Raises:
         ValueError: another number of bytes than `count` codes take, or a code that `quantize` never gives.

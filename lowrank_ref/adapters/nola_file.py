@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lowrank_ref.adapters.nola import NOLALinear
 from lowrank_ref.adapters.nola_bases import check_recipe
-from lowrank_ref.adapters.nola_bits import pack, quantize, unpack
+from lowrank_ref.adapters.nola_bits import pack_codes, quantize, unpack_codes
 from lowrank_ref.core.io import layer_cards, load_tensors, mismatches, plain_path, refuse, save_tensors
 from lowrank_ref.core.layers import adapters
 
@@ -35,7 +35,7 @@ def _tensors(model: nn.Module, layers: list[NOLALinear], coefficients: list[Tens
     return {
         "bits": torch.tensor(bits),
         "card": torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8),
-        "codes": pack(torch.cat([codes for codes, _ in coded]), bits),
+        "codes": pack_codes(torch.cat([codes for codes, _ in coded]), bits),
         "recipes": torch.stack([layer.recipe.cpu() for layer in layers]),
         "steps": torch.stack([step for _, step in coded]),
     }
@@ -78,7 +78,7 @@ def load_nola(model: nn.Module, path: str | Path) -> None:
     for recipe in file["recipes"]:
         check_recipe(recipe, f"{path}: ")
     sizes = [len(c) for c in coefficients]
-    codes = unpack(file["codes"], bits, sum(sizes)).split(sizes)
+    codes = unpack_codes(file["codes"], bits, sum(sizes)).split(sizes)
     for c, code, step in zip(coefficients, codes, file["steps"], strict=True):
         c.copy_(code * step)
     for layer, recipe in zip(layers, file["recipes"], strict=True):

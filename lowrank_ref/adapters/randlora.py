@@ -38,7 +38,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_ref.adapters.randlora_bases import RandomBases, checked, mixed_rows, seed_of, shared_bases, stacked, writes
+from lowrank_ref.adapters.randlora_bases import (
+    RandomBases,
+    checked_bases,
+    mixed_rows,
+    seed_of,
+    shared_bases,
+    stacked,
+    writes,
+)
 from lowrank_ref.core.checks import check_number, check_rank
 from lowrank_ref.core.layers import AdaptedLinear, weight_of
 from lowrank_ref.core.products import computing_dtype, randlora_linear, through_delta
@@ -172,7 +180,7 @@ class RandLoRALinear(AdaptedLinear):
         if not (torch.compiler.is_compiling() or self.lam.is_meta):
             if self._read not in (None, writes(self.recipe)):
                 self._read = None if torch.distributed.is_initialized() else writes(self.recipe)  # once: it goes on so
-                self.bases = checked(self._bases(int(self.recipe[0])), self.recipe)
+                self.bases = checked_bases(self._bases(int(self.recipe[0])), self.recipe)
             if self._place != self.lam.device:  # `load_state_dict(assign=True)` has put Λ elsewhere
                 self.bases = self._bases(self.bases.seed)
 
@@ -211,7 +219,7 @@ class RandLoRALinear(AdaptedLinear):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         recipe = state_dict.get(f"{prefix}recipe")
         if recipe is not None and recipe.shape == self.recipe.shape and not recipe.is_meta:
-            self.bases = checked(self._bases(int(recipe[0])), recipe, prefix)
+            self.bases = checked_bases(self._bases(int(recipe[0])), recipe, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._read = writes(self.recipe)
 

@@ -172,7 +172,7 @@ def _again(description: tuple[Any, ...], size: tuple[int, int, int]) -> RandomBa
     return bases
 
 
-def checked(bases: RandomBases, recipe: Tensor, prefix: str = "") -> RandomBases:
+def checked_bases(bases: RandomBases, recipe: Tensor, prefix: str = "") -> RandomBases:
     """Return the bases if they are those of the recipe, else raise a ValueError that names the layer by its prefix."""
     if bool(((recipe.cpu() - bases.recipe).abs() > 1).any()):
         raise ValueError(f"{prefix}recipe: got bases that their seed {bases.seed} does not draw here, wanted those")

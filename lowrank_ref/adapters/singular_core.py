@@ -21,7 +21,7 @@ def core_delta(U: Float[Tensor, "m r"], M: Float[Tensor, "r r"], Vh: Float[Tenso
     return U @ M @ Vh
 
 
-def core_update(
+def singular_core_update(
     x: Float[Tensor, "*batch n"], U: Float[Tensor, "m r"], M: Float[Tensor, "r r"], Vh: Float[Tensor, "r n"]
 ) -> Float[Tensor, "*batch m"]:
     """Return U(M(Vh x)) for every row."""
@@ -54,7 +54,7 @@ class SingularCoreLinear(SVFitLinear):
 
     def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return U(M(Vh x))."""
-        return core_update(x, self.U, self.added(), self.Vh)
+        return singular_core_update(x, self.U, self.added(), self.Vh)
 
     def lora_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return (Vh, U M, 1): an exact LoRA of rank r."""

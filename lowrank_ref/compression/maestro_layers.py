@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -11,9 +11,7 @@ from torch.nn import functional as F
 
 from lowrank_ref.compression.maestro import MaestroLinear, group_lasso, nested_optimum
 from lowrank_ref.core.checks import check_floating, check_number
-from lowrank_ref.core.layers import is_linear, put_in_place, replace_modules
-
-Model = TypeVar("Model", bound=nn.Module)
+from lowrank_ref.core.layers import Model, is_linear, put_in_place, replace_modules
 
 
 def filled(layer: Model, weight: Tensor, bias: Tensor | None) -> Model:

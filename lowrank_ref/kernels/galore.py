@@ -2,7 +2,7 @@
 
 | function       | computes, for every matrix of a list                    | definition in `optimizers`              |
 |----------------|---------------------------------------------------------|-----------------------------------------|
-| `project_adam` | R = PᵀG or GQ, the new moments, and Adam's direction N  | `galore`: `project`, `adam_directions`  |
+| `project_adam` | R = PᵀG or GQ, the new moments, and Adam's direction N  | `project_gradient`, `adam_directions`   |
 | `add_back`     | W = keep · (W + factor · PN or NQᵀ)                     | `fast`: `add_back`                      |
 | `squares`      | the sum of its squares                                  | `projected`: `check_gradients`          |
 

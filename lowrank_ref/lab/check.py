@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["CheckResult", "check"]
 
-SIZES = (1, 2, 3, 5, 8)
+_SIZES = (1, 2, 3, 5, 8)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _shape(text: str, sizes: dict[str, Any], rng: np.random.Generator) -> list[i
     """Turn jaxtyping's "*batch m 3 m*n" into numbers, remembering every letter."""
 
     def size() -> int:
-        return int(rng.choice(SIZES))
+        return int(rng.choice(_SIZES))
 
     shape: list[int] = []
     for axis in text.split():

@@ -36,15 +36,15 @@ from lowrank_ref.core.io import (
 )
 from lowrank_ref.lab._tools import numbers, progress_bar
 
-__all__ = ["Action", "History", "linear_decay", "train", "warmup_cosine"]
+__all__ = ["History", "Steppable", "linear_decay", "train", "warmup_cosine"]
 
-FORMAT = "lowrank_ref.lab.train, version 2"
+_FORMAT = "lowrank_ref.lab.train, version 2"
 #: Bytes of the SHA-256 at the end of a checkpoint. PyTorch, which reads the rest, does not mind them.
 SEAL = 32
 
 
 @runtime_checkable
-class Action(Protocol):
+class Steppable(Protocol):
     """Anything that acts after the optimizer: a rank allocator, a gate schedule, a resampler."""
 
     def step(self) -> object: ...  # noqa: D102
@@ -68,7 +68,7 @@ def train(
     *,
     steps: int,
     schedule: Callable[[int], float] | None = None,
-    actions: Sequence[Action] = (),
+    actions: Sequence[Steppable] = (),
     accumulate: int = 1,
     clip: float | None = None,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
@@ -118,7 +118,7 @@ def train(
     if save_every and path is None:
         raise ValueError(f"save_every: got {save_every} without a checkpoint, wanted a file to write to")
     for action in actions:
-        if not isinstance(action, Action) and (path is not None or not hasattr(action, "step")):
+        if not isinstance(action, Steppable) and (path is not None or not hasattr(action, "step")):
             raise TypeError(f"actions: got {type(action).__name__}, wanted step(), state_dict() and load_state_dict()")
     history, start = History(), 0
     cards = {
@@ -218,7 +218,7 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, one_
         raise ValueError("optimizer: got per-layer updates, which step inside backward, wanted no clip, accumulate=1")
 
 
-def _check_saving(optimizer: torch.optim.Optimizer, actions: Sequence[Action]) -> None:
+def _check_saving(optimizer: torch.optim.Optimizer, actions: Sequence[Steppable]) -> None:
     """Refuse, before the work is done, options and actions that could not be read back."""
     try:
         _read(_bytes([optimizer.state_dict()["param_groups"], *(action.state_dict() for action in actions)]))
@@ -317,10 +317,10 @@ def _read(data: bytes) -> Any:
     return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
 
 
-def _save(path: Path, model, optimizer, actions: Sequence[Action], history: History, cards: dict[str, Any]) -> None:
+def _save(path: Path, model, optimizer, actions: Sequence[Steppable], history: History, cards: dict[str, Any]) -> None:
     """Write in one step: whoever is killed on the way leaves the old checkpoint whole."""
     state = {
-        "format": FORMAT,
+        "format": _FORMAT,
         "cards": cards,
         "model": plain_state(model),
         "optimizer": optimizer.state_dict(),
@@ -338,8 +338,8 @@ def _load(path: Path, model, optimizer, actions, cards: dict[str, Any], steps: i
         state = _read(read_file(path))
     except Exception as error:  # a torn file can fail anywhere inside zip, pickle or torch
         raise ValueError(f"checkpoint: {path} cannot be read ({error}); wanted a file written by train()") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"checkpoint: {path} is no {FORMAT!r} file")
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise ValueError(f"checkpoint: {path} is no {_FORMAT!r} file")
     history = History(**state["history"])
     done = len(history.loss)
     if done > steps:

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_ref.core.checks import check_integer
-
-EPS = 1e-5
+from lowrank_ref.lowbit.ternary import EPS
 
 
 def lambda_init(depth: int) -> float:

@@ -7,6 +7,7 @@ Trejo Pizzo, "HGF: Hybrid Gated Flow - Stabilizing 1.58-bit LLMs via Selective L
 | two streams, y = ternary(x) + g·BAx                 | `gated_correction`, `HGFLinear`              |
 | scalar gates with warm-up, regularisation, freeze   | `HGFLinear.gate`, `GateSchedule`, `gate_penalty` |
 | 12 to 15 % more memory than the ternary weights     | `correction_bytes`, `memory_overhead`        |
+| a small path that starts at 0                       | A and B as LoRA's, `lora.init_factors` [choice] |
 | the ternary backbone (BitNet b1.58)                 | `ternary.py`                                 |
 | differential attention                              | `differential.py`                            |
 
@@ -29,8 +30,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowrank_ref.adapters.lora import init_factors
 from lowrank_ref.core.actions import Action
-from lowrank_ref.core.checks import check_finite, check_integer, check_number, check_rank
+from lowrank_ref.core.checks import check_finite, check_integer, check_number
 from lowrank_ref.core.layers import weight_of
 from lowrank_ref.core.registry import PaperInfo
 from lowrank_ref.lowbit import fast
@@ -42,21 +44,6 @@ def gated_correction(
 ) -> Float[Tensor, "*batch m"]:
     """Return g·B(Ax) for every row. x is normalised but not quantised [choice]."""
     return gate.to(x.dtype) * F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
-
-
-def init_factors(
-    W: Float[Tensor, "m n"], rank: int, generator: torch.Generator | None = None
-) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]:
-    """Return A ~ U(-1/√n, 1/√n) and B = 0, float32 or wider: training starts at the ternary layer [choice].
-
-    A rank that is no integer in [1, min(m, n)] raises a TypeError or ValueError.
-    """
-    m, n = W.shape
-    check_rank(rank, (m, n))
-    dtype = torch.promote_types(W.dtype, torch.float32)
-    device = generator.device if generator is not None else W.device
-    A = torch.rand(rank, n, generator=generator, dtype=dtype, device=device).mul_(2).sub_(1).div_(math.sqrt(n))
-    return A.to(W.device), torch.zeros(m, rank, dtype=dtype, device=W.device)
 
 
 def gate_penalty(gates: Float[Tensor, " layers"], strength: float = 1e-5) -> Float[Tensor, ""]:

@@ -5,7 +5,7 @@ Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Project
 | in the paper (algorithms 1 and 2)             | here                                   |
 |-----------------------------------------------|----------------------------------------|
 | P, Q: top singular vectors of G every T steps | `projectors`                           |
-| R = PᵀG, R = GQ, or R = PᵀGQ                  | `project`                              |
+| R = PᵀG, R = GQ, or R = PᵀGQ                  | `project_gradient`                     |
 | N = M/(√V + ε), M and V of the size of R      | `adam_directions`                      |
 | G̃ = α·PN                                      | `project_back`                         |
 | W ← W - η·G̃                                   | `GaLoreAdamW`, `GaLoreSGD`             |
@@ -69,7 +69,7 @@ def projectors(
     return found
 
 
-def project(
+def project_gradient(
     G: Tensor, *, left: Float[Tensor, "m r"] | None = None, right: Float[Tensor, "n r"] | None = None
 ) -> Tensor:
     """Return PᵀG (r, n), GQ (m, r) or PᵀGQ (r, r) of a matrix G; without a basis G itself, of any shape."""
@@ -161,7 +161,7 @@ class GaLore(ProjectedOptimizer):
         factor = -group["lr"] * (group["scale"] if group["rank"] is not None else 1.0)
         keep = 1 - group["lr"] * group["weight_decay"]
         rest = self.quick_steps(ps, states, bases, group, factor, keep)
-        R = [project(wide(grads[i]), **{key: wide(P) for key, P in bases[i].items()}) for i in rest]
+        R = [project_gradient(wide(grads[i]), **{key: wide(P) for key, P in bases[i].items()}) for i in rest]
         for i, N in zip(rest, self.directions(R, [states[i] for i in rest], group) if rest else []):
             add_back(ps[i], N, factor, keep=keep, **bases[i])
         for i in waiting:
@@ -240,7 +240,7 @@ PAPER = PaperInfo(
     needs=("primer",),
     official_code="jiaweizzhao/GaLore",
     code_licence="Apache-2.0",
-    equations={"algorithm 2: projector": "projectors", "R": "project", "N": "adam_directions", "G̃": "project_back"},
+    equations={"projector": "projectors", "R": "project_gradient", "N": "adam_directions", "G̃": "project_back"},
     deviations=("bases from the Gram matrix, turned along the last ones", "no Tucker projector"),
     aliases=("gradient low-rank projection", "GaLoreAdamW", "GaLore 8-bit"),
     status="checked",

@@ -5,7 +5,7 @@ Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models", arXiv 
 | in the paper                                    | here                                                     |
 |-------------------------------------------------|----------------------------------------------------------|
 | z = W₀x + W_u(g ⊙ (W_d x))                      | `gated_update`, `gated_delta`, `SoRALinear`              |
-| L₀ + λ·Σ‖g‖₁                                    | `gate_penalty`                                           |
+| L₀ + λ·Σ‖g‖₁                                    | `l1_penalty`                                           |
 | T_ξ(x) = sign(x)·max(abs x - ξ, 0)               | `soft_threshold`                                         |
 | g ← T_ηλ(g - η∂L₀/∂g)                           | `ProximalGates`, after the optimizer's step              |
 | deleting the components with g = 0              | `pruned_factors`, `SoRALinear.pruned`, `prune`           |
@@ -16,7 +16,7 @@ Letters: W_d is A (r, n), W_u is B (m, r), g (r) the gate; η the gates' learnin
 Deviations. The gates are trained by Adam and then shrunk, as in the official code; a proximal step proper would follow
 plain gradient descent. The paper couples ξ = ηλ to the learning rate; the official default keeps ξ constant
 (`coupled=False`), and its operator also zeroes gates from ξ to 2ξ. The official trainer adds a second L1 term;
-here there is none, unless you add `gate_penalty`. The scale s = α/r of the full rank stays after pruning.
+here there is none, unless you add `l1_penalty`. The scale s = α/r of the full rank stays after pruning.
 The sparsifying schedule of the paper's algorithm 1 is in `sora_schedule.py`.
 Cost per layer: r(m+n+1) trained numbers at the full rank r, Adam state twice that; after pruning r_k(m+n).
 """
@@ -72,7 +72,7 @@ def released_threshold(x: Float[Tensor, "*any"], threshold: float) -> Float[Tens
     return torch.where(x.abs() < threshold, 0.0, x)
 
 
-def gate_penalty(gates: Iterable[Float[Tensor, " _"]], strength: float) -> Float[Tensor, ""]:
+def l1_penalty(gates: Iterable[Float[Tensor, " _"]], strength: float) -> Float[Tensor, ""]:
     """Return λ·Σ‖g‖₁, λ >= 0. As a term of the loss, minimised by gradients, it makes gates small but not zero."""
     check_number("strength", strength, low=0)
     return strength * torch.stack([g.abs().sum() for g in gates]).sum()
@@ -149,7 +149,7 @@ class SoRALinear(LoRALinear):
         return layer.train(self.training)
 
 
-def gates(model: nn.Module) -> dict[str, nn.Parameter]:
+def rank_gates(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return path -> gate of every SoRA layer; a model without one raises a ValueError."""
     found = {path: layer.g for path, layer in adapters(model) if isinstance(layer, SoRALinear)}
     if not found:
@@ -159,13 +159,13 @@ def gates(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def kept_ranks(model: nn.Module) -> dict[str, int]:
     """Return path -> number of gates that are not zero."""
-    return {path: int(g.count_nonzero()) for path, g in gates(model).items()}
+    return {path: int(g.count_nonzero()) for path, g in rank_gates(model).items()}
 
 
 def gate_groups(model: nn.Module, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Return two optimizer groups: every other trained parameter with `weight_decay`, and the gates without."""
     check_number("weight_decay", weight_decay, low=0)
-    own = {id(g): g for g in gates(model).values()}
+    own = {id(g): g for g in rank_gates(model).values()}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     return [{"params": rest, "weight_decay": weight_decay}, {"params": list(own.values()), "weight_decay": 0.0}]
 
@@ -213,7 +213,7 @@ class ProximalGates(Action):
         operator: Callable[[Tensor, float], Tensor] = soft_threshold,
     ) -> None:
         check_number("penalty", penalty, low=0)
-        self.gates, self.optimizer = gates(model), optimizer
+        self.gates, self.optimizer = rank_gates(model), optimizer
         self.penalty, self.coupled, self.operator = penalty, coupled, operator
         group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         if strangers := [path for path, g in self.gates.items() if id(g) not in group_of]:

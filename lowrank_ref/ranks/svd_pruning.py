@@ -26,7 +26,9 @@ def factored_svd(
     return Q_B @ U, S, Vh @ Q_A.T
 
 
-def ranks_within(spectra: Mapping[str, Float[Tensor, " _"]], costs: Mapping[str, int], budget: int) -> dict[str, int]:
+def ranks_by_energy(
+    spectra: Mapping[str, Float[Tensor, " _"]], costs: Mapping[str, int], budget: int
+) -> dict[str, int]:
     """Return path -> rank, taking singular values in the order of σ² per number while their cost fits the budget.
 
     Args:
@@ -39,7 +41,7 @@ def ranks_within(spectra: Mapping[str, Float[Tensor, " _"]], costs: Mapping[str,
             negative or not finite.
 
     Example:
-        >>> ranks_within({"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 0.5])}, {"a": 10, "b": 10}, 25)
+        >>> ranks_by_energy({"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([2.0, 0.5])}, {"a": 10, "b": 10}, 25)
         {'a': 1, 'b': 1}
     """
     check_integer("budget", budget, low=0)
@@ -86,7 +88,7 @@ def prune_by_svd(model: Model, budget: int) -> Model:
         raise ValueError(f"model: got {got}, wanted a model with LoRA layers inside and no other adapters")
     parts = {path: factored_svd(A, scale * B) for path, layer in layers.items() for A, B, scale in [_factors(layer)]}
     costs = {path: layer.in_features + layer.out_features for path, layer in layers.items()}
-    ranks = ranks_within({path: S for path, (_, S, _) in parts.items()}, costs, budget)
+    ranks = ranks_by_energy({path: S for path, (_, S, _) in parts.items()}, costs, budget)
     new = {id(layer): _truncated(layer, *parts[path], ranks[path]) for path, layer in layers.items()}
     return replace_modules(model, "", lambda layer: new[id(layer)], accepts=lambda module: id(module) in new)
 

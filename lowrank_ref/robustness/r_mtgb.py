@@ -72,7 +72,7 @@ def squared_error(Y: Scores, F: Scores) -> float:
     return float(0.5 * np.square(Y - F).sum())
 
 
-def cross_entropy(Y: Scores, F: Scores) -> float:
+def log_loss(Y: Scores, F: Scores) -> float:
     """Return -Σ Y·log softmax(F) in nats, summed over rows."""
     return float((np.logaddexp.reduce(F, axis=1) - (Y * F).sum(axis=1)).sum())
 
@@ -84,7 +84,7 @@ class Loss(NamedTuple):
     residual: Callable[..., np.ndarray]
 
 
-SQUARED, CROSS_ENTROPY = Loss(squared_error, squared_residual), Loss(cross_entropy, softmax_residual)
+SQUARED, CROSS_ENTROPY = Loss(squared_error, squared_residual), Loss(log_loss, softmax_residual)
 
 
 def gated_targets(u: Scores, theta: Gates, task: Tasks) -> tuple[Scores, Scores]:

@@ -343,7 +343,7 @@ def test_blocks_are_as_large_as_the_device_likes(monkeypatch):
     wanted, drawn = layer(x), []
     plain = nola_bases.draw_bases
     monkeypatch.setattr(nola_bases, "draw_bases", lambda *args: drawn.append(args[3] - args[2]) or plain(*args))
-    monkeypatch.setitem(nola_bases.BLOCK, "cpu", 1000)
+    monkeypatch.setitem(nola_bases.BLOCKS, "cpu", 1000)
     assert_close(layer(x), wanted, 1e-10)
     assert max(drawn) == 8 and len(drawn) == 9 + 7  # 6 of 160 numbers for A, 8 of 120 for B
 

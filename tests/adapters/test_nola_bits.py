@@ -6,7 +6,7 @@ from battery import gaussian
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_ref.adapters.nola_bits import pack, quantize, rounded, unpack
+from lowrank_ref.adapters.nola_bits import pack_codes, quantize, rounded, unpack_codes
 
 BITS = st.integers(2, 8)
 
@@ -41,9 +41,9 @@ def test_the_gradient_passes_straight_through():
 def test_packing_and_back(bits, count, seed):
     top = 2 ** (bits - 1) - 1
     codes = torch.randint(-top, top + 1, (count,), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
-    data = pack(codes, bits)
+    data = pack_codes(codes, bits)
     assert data.dtype == torch.uint8 and len(data) == -(-count * bits // 8)
-    assert torch.equal(unpack(data, bits, count), codes)
+    assert torch.equal(unpack_codes(data, bits, count), codes)
     number = sum((code + top) << (bits * i) for i, code in enumerate(codes.tolist()))  # one long number, lowest first
     assert bytes(data.tolist()) == number.to_bytes(len(data), "little")
 
@@ -66,6 +66,6 @@ def test_what_is_not_finite_is_not_coded(c, error):
 
 def test_bytes_that_are_no_codes_raise():
     with pytest.raises(ValueError, match="data: got 3 bytes, wanted 2 for 3 codes of 4 bits"):
-        unpack(torch.zeros(3, dtype=torch.uint8), 4, 3)
+        unpack_codes(torch.zeros(3, dtype=torch.uint8), 4, 3)
     with pytest.raises(ValueError, match="data: got the code 8, wanted at most 7"):
-        unpack(torch.tensor([0xF0], dtype=torch.uint8), 4, 2)
+        unpack_codes(torch.tensor([0xF0], dtype=torch.uint8), 4, 2)

@@ -6,7 +6,7 @@ from battery import gaussian, shapes
 from hypothesis import given
 from torch import nn
 
-from lowrank_ref.adapters.singular_core import SingularCoreLinear, core_delta, core_update
+from lowrank_ref.adapters.singular_core import SingularCoreLinear, core_delta, singular_core_update
 from lowrank_ref.adapters.svfit import SVFitLinear
 
 
@@ -34,10 +34,10 @@ def test_core_delta_by_loops():
 
 
 @given(shapes())
-def test_core_update_is_core_delta_times_x(shape):
+def test_singular_core_update_is_core_delta_times_x(shape):
     m, n, r = shape
     U, M, Vh, x = gaussian(m, r), gaussian(r, r, seed=1), gaussian(r, n, seed=2), gaussian(4, n, seed=3)
-    assert_close(core_update(x, U, M, Vh), x @ core_delta(U, M, Vh).T)
+    assert_close(singular_core_update(x, U, M, Vh), x @ core_delta(U, M, Vh).T)
 
 
 @given(shapes())

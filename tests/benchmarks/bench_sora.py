@@ -23,7 +23,7 @@ from lowrank_ref.core.layers import adapters, replace_linears
 from lowrank_ref.lab.data import array_batches, verse_topics
 from lowrank_ref.lab.models import minilm
 from lowrank_ref.ranks import ProximalGates, SoRALinear, gate_groups, kept_ranks, prune, prune_by_svd
-from lowrank_ref.ranks.sora import gates
+from lowrank_ref.ranks.sora import rank_gates
 
 RANK = 8  # of SoRA before pruning, and of the largest LoRA
 #: Of the gates, whatever the rate of A and B: 200 steps at 1e-3 would not carry a gate from 1 to 0.
@@ -90,7 +90,7 @@ def size(model: nn.Module) -> int:
 def survival(model: nn.Module, start: dict[str, Tensor]) -> float:
     """Correlation over all gates between |g| at the start and being alive at the end; 0 where all share a fate."""
     before = torch.cat([start[path].abs() for path in start])
-    alive = torch.cat([(g.detach() != 0).float() for g in gates(model).values()])
+    alive = torch.cat([(g.detach() != 0).float() for g in rank_gates(model).values()])
     value = torch.corrcoef(torch.stack([before, alive]))[0, 1]
     return round(torch.nan_to_num(value).item(), 3)
 
@@ -128,7 +128,7 @@ def main() -> None:
         optimizer, actions, row = optimizer_for(model, penalty), [], {"method": name, "lr": lr, "seed": seed}
         row["trained"] = size(model)
         if penalty is not None:
-            start = {path: g.detach().clone() for path, g in gates(model).items()}
+            start = {path: g.detach().clone() for path, g in rank_gates(model).items()}
             # Constant: the mean of the coupled thresholds of the run, so that both shrink by the same sum.
             strength = penalty if coupled else penalty * GATE_LR / 2
             actions = [ProximalGates(model, optimizer, penalty=strength, coupled=coupled)]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lowrank_ref.compression.maestro import importance
 from lowrank_ref.compression.maestro_layers import decompose, deployed, maestro_layers, penalty
 from lowrank_ref.compression.maestro_training import JointRankSampler, RankSampler, RankShrinker
-from lowrank_ref.lab.train import Action
+from lowrank_ref.lab.train import Steppable
 from lowrank_ref.lab.train import train as lab_train
 
 SAMPLERS = (RankSampler, JointRankSampler)
@@ -252,7 +252,7 @@ def run(kind, steps, checkpoint=None, seed=0):
     model = net()
     shrinker = RankShrinker(model, threshold=0.9, every=3)
     sampler = kind(model, generator=seeded(seed))
-    assert isinstance(sampler, Action) and isinstance(shrinker, Action)
+    assert isinstance(sampler, Steppable) and isinstance(shrinker, Steppable)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     actions = [shrinker, sampler]
     options = {"actions": actions, "checkpoint": checkpoint, "progress": False}

@@ -205,8 +205,8 @@ def test_a_galore_step_of_all_matrices_is_the_definitions(dtype, side, shape):
     for i in range(count):
         w, first, second = (tensors[i].clone() for tensors in old)
         basis = {side: P[i].double()}
-        R = galore.project(G[i].double(), **basis)
-        error = k * 2**-24 * galore.project(G[i].double().abs(), **{side: P[i].double().abs()})
+        R = galore.project_gradient(G[i].double(), **basis)
+        error = k * 2**-24 * galore.project_gradient(G[i].double().abs(), **{side: P[i].double().abs()})
         (direction,) = galore.adam_directions([R], [first], [second], [3], **options)
         assert_within(M[i], first, 0.1 * error + 1e-6 * first.abs())
         assert_within(V[i], second, 0.01 * (2 * R.abs() + error) * error + 1e-6 * second)

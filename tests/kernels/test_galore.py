@@ -44,7 +44,7 @@ def test_a_step_of_all_matrices_is_the_definitions(shape, side):
     p = problem(*shape, side)
     exact = {name: wide(tensors) for name, tensors in p.items()}
     got = step(p, side)
-    R = [galore.project(G, **{side: P}) for G, P in zip(exact["G"], exact["P"])]
+    R = [galore.project_gradient(G, **{side: P}) for G, P in zip(exact["G"], exact["P"])]
     directions = galore.adam_directions(R, exact["M"], exact["V"], [3] * 3, betas=(0.9, 0.99), eps=1e-6)
     for W, D, P in zip(exact["W"], directions, exact["P"]):
         fast.add_back(W, D, -0.1, keep=0.9, **{side: P})

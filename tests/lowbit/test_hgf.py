@@ -17,7 +17,7 @@ from lowrank_ref.core.io import load_tensors, save_tensors
 from lowrank_ref.core.layers import replace_linears
 from lowrank_ref.lab.data import token_batches
 from lowrank_ref.lab.models import GPT
-from lowrank_ref.lab.train import Action
+from lowrank_ref.lab.train import Steppable
 from lowrank_ref.lab.train import train as lab_train
 from lowrank_ref.lowbit import (
     BitLinear,
@@ -223,7 +223,7 @@ def test_schedule_is_an_action_of_the_training_loop(tmp_path):
     made = GPT(7, dim=8, layers=1, heads=2, length=6, generator=seeded())
     replace_linears(made, r"attn\.[qkv]$", partial(HGFLinear, rank=2, generator=seeded()), trainable=".")
     schedule = GateSchedule(made, warmup=1, freeze=2)
-    assert isinstance(schedule, Action)
+    assert isinstance(schedule, Steppable)
     data = token_batches(torch.randint(7, (99,), generator=seeded()), batch=2, length=6, seed=0)
     adam = torch.optim.Adam(made.parameters(), lr=0.01)
     lab_train(made, data, GPT.loss, adam, steps=3, actions=[schedule], checkpoint=tmp_path / "x", progress=False)

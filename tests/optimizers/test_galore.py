@@ -23,8 +23,8 @@ from lowrank_ref.optimizers.galore import (
     GaLoreSGD,
     adam_directions,
     add_back,
-    project,
     project_back,
+    project_gradient,
     projectors,
 )
 from lowrank_ref.optimizers.galore_variants import GaLoreAdafactor, GaLoreAdamW8bit
@@ -75,9 +75,9 @@ def test_projection_is_orthogonal_and_loses_the_small_singular_values_only(basis
     bases = projectors(G, rank, side=side, basis=basis)
     for P in bases.values():
         close(P.T @ P, torch.eye(rank, dtype=P.dtype))
-    once = project_back(project(G, **bases), **bases)
-    close(project_back(project(once, **bases), **bases), once)  # idempotent
-    close((once * other).sum(), (G * project_back(project(other, **bases), **bases)).sum())  # symmetric
+    once = project_back(project_gradient(G, **bases), **bases)
+    close(project_back(project_gradient(once, **bases), **bases), once)  # idempotent
+    close((once * other).sum(), (G * project_back(project_gradient(other, **bases), **bases)).sum())  # symmetric
     lost = torch.linalg.svdvals(G)[rank:].square().sum()
     close((G - once).square().sum(), lost, atol=1e-9)
 
@@ -150,7 +150,7 @@ def test_project_and_project_back_are_these_sums(problem):
     G = randoms(m, n)
     bases = projectors(randoms(m, n, seed=1), r, side=side)
     left, right = bases.get("left", torch.eye(m).double()), bases.get("right", torch.eye(n).double())
-    R = project(G, **bases)
+    R = project_gradient(G, **bases)
     assert R.shape == (left.shape[1], right.shape[1])
     for i in range(R.shape[0]):
         for j in range(R.shape[1]):
@@ -167,7 +167,7 @@ def test_add_back_adds_the_direction(problem, factor):
     shape, rank, side = problem
     G = randoms(*shape)
     bases = projectors(G, rank, side=side)
-    W, N = randoms(*shape, seed=1), randoms(*project(G, **bases).shape, seed=2)
+    W, N = randoms(*shape, seed=1), randoms(*project_gradient(G, **bases).shape, seed=2)
     wanted = W + factor * project_back(N, **bases)
     add_back(W, N, factor, **bases)
     close(W, wanted)
@@ -175,7 +175,7 @@ def test_add_back_adds_the_direction(problem, factor):
 
 def test_without_a_basis_nothing_is_projected():
     G = randoms(3, 4)
-    assert project(G) is G and project_back(G) is G
+    assert project_gradient(G) is G and project_back(G) is G
 
 
 def test_adam_direction_number_by_number():
@@ -275,7 +275,7 @@ def test_with_one_basis_for_ever_it_is_adam_on_the_factor(shape, side):
         loss(W).backward()
         if factor is None:
             bases = projectors(W.grad, 2, side=side)
-            factor = nn.Parameter(torch.zeros_like(project(W0, **bases)))
+            factor = nn.Parameter(torch.zeros_like(project_gradient(W0, **bases)))
             adam = torch.optim.Adam([factor], lr=0.04 * 0.5)
         adam.param_groups[0]["eps"] = eps / math.sqrt(1 - 0.999**t)
         adam.zero_grad()

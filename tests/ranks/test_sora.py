@@ -15,18 +15,18 @@ from torch import nn
 
 from lowrank_ref.adapters import LoRALinear, load_peft, save_peft
 from lowrank_ref.core.layers import AdaptedLinear, adapters, merge_adapters, replace_linears
-from lowrank_ref.lab.train import Action
+from lowrank_ref.lab.train import Steppable
 from lowrank_ref.ranks.sora import (
     ProximalGates,
     SoRALinear,
     gate_groups,
-    gate_penalty,
     gated_delta,
     gated_update,
-    gates,
     kept_ranks,
+    l1_penalty,
     prune,
     pruned_factors,
+    rank_gates,
     released_threshold,
     soft_threshold,
 )
@@ -116,8 +116,8 @@ def test_threshold_on_known_values():
     assert_close(released_threshold(x, 0.1), released)
 
 
-def test_gate_penalty_is_the_sum_of_sizes():
-    got = gate_penalty([torch.tensor([1.0, -2.0]), torch.tensor([0.5])], 2.0)
+def test_l1_penalty_is_the_sum_of_sizes():
+    got = l1_penalty([torch.tensor([1.0, -2.0]), torch.tensor([0.5])], 2.0)
     assert got.item() == 7.0
 
 
@@ -221,13 +221,13 @@ def test_a_dead_gate_gives_no_gradient_to_its_component_but_gets_one():
 @given(st.floats(0.1, 10), st.integers(0, 3))
 def test_rescaling_leaves_the_output_but_not_the_penalty(c, k):
     layer, x = sora(), gaussian(3, 5)
-    before, penalty = layer(x), gate_penalty([layer.g], 1.0)
+    before, penalty = layer(x), l1_penalty([layer.g], 1.0)
     with torch.no_grad():
         layer.B[:, k] *= c
         layer.g[k] /= c
     assert_close(layer(x), before, 1e-11)
     change = layer.g[k].abs() * (1 - c)
-    assert_close(gate_penalty([layer.g], 1.0) - penalty, change)
+    assert_close(l1_penalty([layer.g], 1.0) - penalty, change)
 
 
 def test_dropout_acts_on_the_input_of_the_update_only():
@@ -367,7 +367,7 @@ def test_pruned_model_round_trips_in_pefts_format(bert, tokens, tmp_path):
 
 def test_proximal_gates_is_an_action():
     model = net()
-    assert isinstance(ProximalGates(model, torch.optim.Adam(gate_groups(model)), penalty=1.0), Action)
+    assert isinstance(ProximalGates(model, torch.optim.Adam(gate_groups(model)), penalty=1.0), Steppable)
 
 
 @pytest.mark.parametrize("coupled", [True, False])
@@ -380,8 +380,8 @@ def test_step_is_an_optimizer_step_followed_by_the_operator(coupled):
     train(twin, optimizers[1], [], [0])
     train(model, optimizers[0], [ProximalGates(model, optimizers[0], penalty=0.5, coupled=coupled)], [0])
     xi = 0.5 * 0.02 if coupled else 0.5
-    for path, g in gates(model).items():
-        assert torch.equal(g, soft_threshold(gates(twin)[path].detach(), xi))
+    for path, g in rank_gates(model).items():
+        assert torch.equal(g, soft_threshold(rank_gates(twin)[path].detach(), xi))
     assert torch.equal(model[0].A, twin[0].A) and torch.equal(model[2].B, twin[2].B)
 
 
@@ -413,7 +413,7 @@ def test_attached_it_keeps_the_gates_of_the_right_order_where_the_wrong_one_keep
             train(model, optimizer, [], [step])
             for part in {"attached": "s", "right": "as", "wrong": "sa"}[order]:
                 (action if part == "a" else schedule).step()
-        return {path: g.detach() for path, g in gates(model).items()}
+        return {path: g.detach() for path, g in rank_gates(model).items()}
 
     attached, right, wrong = (run(order) for order in ("attached", "right", "wrong"))
     assert all(torch.equal(g, right[path]) for path, g in attached.items())
@@ -442,7 +442,7 @@ def test_thresholds_are_finite_and_not_negative(bad):
         with pytest.raises(ValueError, match="threshold: got"):
             function(x, bad)
     with pytest.raises(ValueError, match="strength: got"):
-        gate_penalty([x], bad)
+        l1_penalty([x], bad)
     model = net()
     action = ProximalGates(model, torch.optim.Adam(gate_groups(model)), penalty=1.0)
     before, action.penalty = copy.deepcopy(model.state_dict()), bad  # set by hand, or loaded
@@ -474,7 +474,7 @@ def test_gates_reach_exact_zero_and_a_gradient_of_l1_does_not():
     for step in range(60):
         second.zero_grad()
         loss = (penalised(gaussian(16, 5, seed=100 + step)) - gaussian(16, 4, seed=200 + step)).square().mean()
-        (loss + gate_penalty(gates(penalised).values(), 0.9)).backward()
+        (loss + l1_penalty(rank_gates(penalised).values(), 0.9)).backward()
         second.step()
     assert sum(kept_ranks(shrunk).values()) < 6
     assert sum(kept_ranks(penalised).values()) == 6
@@ -484,7 +484,7 @@ def test_weight_decay_spares_the_gates():
     model = net()
     rest, own = gate_groups(model, weight_decay=0.5)
     assert (rest["weight_decay"], own["weight_decay"]) == (0.5, 0.0)
-    assert {id(p) for p in own["params"]} == {id(g) for g in gates(model).values()}
+    assert {id(p) for p in own["params"]} == {id(g) for g in rank_gates(model).values()}
     everything = [id(p) for group in (rest, own) for p in group["params"]]
     assert sorted(everything) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     optimizer = torch.optim.AdamW([rest, own], lr=0.1)
@@ -513,7 +513,7 @@ def test_same_seed_same_survivors():
         model = net(seed)
         optimizer = torch.optim.Adam(gate_groups(model), lr=0.05)
         train(model, optimizer, [ProximalGates(model, optimizer, penalty=0.9)], range(40))
-        return torch.cat([g.detach() for g in gates(model).values()])
+        return torch.cat([g.detach() for g in rank_gates(model).values()])
 
     assert torch.equal(run(0), run(0)) and 0 < int(run(0).count_nonzero()) < 6
     assert not torch.equal(run(0), run(1))

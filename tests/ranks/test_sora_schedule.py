@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_ref.lab.train import Action
+from lowrank_ref.lab.train import Steppable
 from lowrank_ref.ranks.sora import ProximalGates, SoRALinear, gate_groups
 from lowrank_ref.ranks.sora_schedule import SparsifyingSchedule, threshold_levels
 
@@ -64,7 +64,7 @@ def test_geometric_levels_have_one_ratio_at_any_size():
 
 def test_phases():
     layer, proximal, schedule = build()
-    assert isinstance(schedule, Action) and schedule.steps == 7
+    assert isinstance(schedule, Steppable) and schedule.steps == 7
     penalties = []
     for _ in range(9):
         penalties.append(proximal.penalty)

@@ -12,7 +12,7 @@ from torch import nn
 from lowrank_ref.adapters import DoRALinear, LoRAConv2d, LoRAEmbedding, LoRALinear
 from lowrank_ref.core.layers import adapters, replace_linears
 from lowrank_ref.ranks.sora import SoRALinear
-from lowrank_ref.ranks.svd_pruning import factored_svd, prune_by_svd, ranks_within
+from lowrank_ref.ranks.svd_pruning import factored_svd, prune_by_svd, ranks_by_energy
 
 
 def seeded(seed=0):
@@ -49,7 +49,7 @@ def test_factored_svd_is_the_svd_of_the_product(m, n, r):
 @given(st.integers(0, 10))
 def test_with_equal_costs_no_other_choice_keeps_more_energy(count):
     spectra = {"a": torch.tensor([3.0, 1.0, 0.5]), "b": torch.tensor([2.5, 2.0]), "c": torch.tensor([0.7])}
-    ranks = ranks_within(spectra, dict.fromkeys(spectra, 4), 4 * count + 3)
+    ranks = ranks_by_energy(spectra, dict.fromkeys(spectra, 4), 4 * count + 3)
 
     def energy(r):
         return sum(float(S[:k].square().sum()) for S, k in zip(spectra.values(), r))
@@ -61,9 +61,9 @@ def test_with_equal_costs_no_other_choice_keeps_more_energy(count):
 
 def test_dear_layers_must_earn_their_place():
     spectra = {"cheap": torch.tensor([1.0]), "dear": torch.tensor([1.5])}
-    assert ranks_within(spectra, {"cheap": 10, "dear": 30}, 30) == {"cheap": 1, "dear": 0}
-    assert ranks_within(spectra, {"cheap": 10, "dear": 20}, 30) == {"cheap": 1, "dear": 1}
-    assert ranks_within({"a": torch.tensor([0.0])}, {"a": 1}, 5) == {"a": 0}  # nothing to keep
+    assert ranks_by_energy(spectra, {"cheap": 10, "dear": 30}, 30) == {"cheap": 1, "dear": 0}
+    assert ranks_by_energy(spectra, {"cheap": 10, "dear": 20}, 30) == {"cheap": 1, "dear": 1}
+    assert ranks_by_energy({"a": torch.tensor([0.0])}, {"a": 1}, 5) == {"a": 0}  # nothing to keep
 
 
 @pytest.mark.parametrize("make", [LoRALinear, SoRALinear])
@@ -127,7 +127,7 @@ def test_an_adapter_that_it_cannot_cut_is_named_and_nothing_changes(other):
 )
 def test_bad_spectra_are_named(spectra, costs, budget, error, message, no_shape_checks):
     with pytest.raises(error, match=message):
-        ranks_within({path: torch.tensor(S) for path, S in spectra.items()}, costs, budget)
+        ranks_by_energy({path: torch.tensor(S) for path, S in spectra.items()}, costs, budget)
 
 
 def test_bad_input():

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowrank_ref.core.io import load_tensors, save_tensors
-from lowrank_ref.lab.train import Action, train
+from lowrank_ref.lab.train import Steppable, train
 from lowrank_ref.robustness.ramp import (
     GradientProjection,
     average_loss,
@@ -246,7 +246,7 @@ def setup(**options):
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_two_epochs_equal_a_loop(projection):
     pair, optimizer, gp = setup(beta=0.3, projection=projection, every=3)
-    assert isinstance(gp, Action)
+    assert isinstance(gp, Steppable)
     train(pair, batch, loss_of_both, optimizer, steps=6, actions=[gp], progress=False)
 
     models, step = [network(), network()], 0

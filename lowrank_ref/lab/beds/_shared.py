@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lowrank_ref.lab.train import Action
+from lowrank_ref.lab.train import Steppable
 
 Adapt = Callable[[nn.Module, torch.Generator], Iterable[Any] | None]
-Actions = Callable[[nn.Module, torch.optim.Optimizer], Sequence[Action]]
+Actions = Callable[[nn.Module, torch.optim.Optimizer], Sequence[Steppable]]
 
 
 def classification_loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
