@@ -41,9 +41,21 @@ SHORT = dict(zip(VERDICTS, ("held", "in part", "not confirmed", "open")))
 #: the method's arm, the plain baseline's arm, and what it was.
 SWEEPS = {
     "lora": ("lora_small", "new_domain", "valid", "LoRA r 8", "full", "small GPT"),
+    "svfit": (
+        *("svfit_small", "turned", "valid loss"),
+        *("SVFit", "LoRA r=8", "small MLP"),
+    ),
     "randlora": (
         *("randlora_scale", "fine_tuning", "new"),
         *("RandLoRA r 16", "full fine-tuning", "GPT on one GPU"),
+    ),
+    "nola": (
+        *("nola_small", "turned", "valid"),
+        *("NOLA r=8 k=64", "LoRA r=8", "small MLP"),
+    ),
+    "lora_sb": (
+        *("lora_sb_small", "digits", "valid loss"),
+        *("LoRA-SB r=8", "LoRA, s = 2 r=8", "small MLP"),
     ),
     "sora": (
         *("sora_scale", "verses", "test_loss"),

@@ -123,3 +123,12 @@ def test_the_best_rate_is_that_of_the_lowest_mean():
 def test_the_chooser_tells_a_rate_for_each_sweep():
     rows = soup("chooser.html").select('[aria-label="Learning rates"] tbody tr')
     assert [row.a.get_text() for row in rows] == [papers()[key].name for key in registry_pages.SWEEPS]
+
+
+#: Their chapters sweep no rate of Adam; the chooser says so, or they train nothing.
+NO_RATE = {"maestro", "ramp", "r_mtgb", "artificial_entanglement"}
+
+
+def test_every_method_with_a_rate_tells_where_to_start():
+    assert set(registry_pages.SWEEPS) | NO_RATE == set(papers())
+    assert list(registry_pages.SWEEPS) == [key for key in papers() if key not in NO_RATE]
