@@ -41,7 +41,11 @@ def lora_scaling(alpha: float, rank: int) -> float:
 
 
 def rslora_scaling(alpha: float, rank: int) -> float:
-    """Return s = α/√r, the scale of rsLoRA: output and gradient keep their size when r grows (arXiv 2312.03732)."""
+    """Return s = α/√r, the scale of rsLoRA: output and gradient keep their size when r grows (arXiv 2312.03732).
+
+    Raises:
+        TypeError, ValueError: alpha is not a number > 0.
+    """
     check_number("alpha", alpha, low=0, open_low=True)
     return alpha / math.sqrt(rank)
 

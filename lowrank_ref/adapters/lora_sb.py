@@ -156,7 +156,11 @@ class LoRASBLinear(FactoredLinear):
 
     @classmethod
     def empty(cls, base: nn.Module, rank: int = 8, **options: Any) -> "LoRASBLinear":
-        """Return a layer whose frames and core are zero, for `load_adapters` to fill: no gradient pass is needed."""
+        """Return a layer whose frames and core are zero, for `load_adapters` to fill: no gradient pass is needed.
+
+        Raises:
+            TypeError, ValueError: rank is not an integer in [1, min(m, n)].
+        """
         (m, n) = weight_of(base).shape
         check_rank(rank, (m, n))
         return LoRASBLinear(base, torch.zeros(rank, n), torch.zeros(rank, rank), torch.zeros(m, rank), **options)

@@ -155,7 +155,7 @@ class NOLALinear(FactoredLinear):
         self.alpha, self.beta = nn.Parameter(alpha.to(W.device)), nn.Parameter(beta.to(W.device))
 
     def factors(self) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"]]:
-        """Return A and B, drawn and mixed."""
+        """Return A and B, drawn and mixed. ValueError: the layer is on the meta device, where nothing can be drawn."""
         check_loaded("recipe", self.recipe)
         A = self._mixed(self.alpha, 0, (self.rank, self.in_features))
         if self.start == "offset":

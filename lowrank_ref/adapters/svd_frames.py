@@ -40,7 +40,11 @@ def singular_frames(W: Float[Tensor, "m n"], rank: int, generator: torch.Generat
 
 
 def random_frames(W: Float[Tensor, "m n"], rank: int, generator: torch.Generator | None = None) -> Frames:
-    """Return orthonormal A and B of random directions: the control of what a good choice is worth."""
+    """Return orthonormal A and B of random directions: the control of what a good choice is worth.
+
+    Raises:
+        TypeError, ValueError: rank is not an integer in [1, min(m, n)].
+    """
     check_rank(rank, W.shape)
     device = generator.device if generator is not None else W.device
     dtype = torch.promote_types(W.dtype, torch.float32)

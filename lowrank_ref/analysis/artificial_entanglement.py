@@ -42,7 +42,7 @@ from lowrank_ref.core.registry import PaperInfo
 
 
 def factor_sites(size: int) -> tuple[int, ...]:
-    """Return the prime factors of a dimension >= 1, rising, the most significant digit first; () for size 1.
+    """Return the prime factors of a dimension >= 1, rising, the most significant first; () for 1. Else a ValueError.
 
     Example:
         >>> factor_sites(384), factor_sites(7)
@@ -165,7 +165,7 @@ def rank_ceiling(m: int, n: int, rank: int | None = None) -> Float[Tensor, " cut
     """Return the highest entropy, in nats, that any (m, n) matrix of this rank can have at each cut.
 
     It is the logarithm of the most Schmidt values there can be: min(D_k, mn/D_k), and r·m/D_k left of the row|column
-    cut, r·D_k/m right of it, r at it. Rank None is min(m, n), no restriction; m, n >= 2, rank >= 1.
+    cut, r·D_k/m right of it, r at it. Rank None is min(m, n), no restriction; below m, n = 2 or rank = 1 a ValueError.
     """
     r = min(m, n) if rank is None else rank
     check_integer("rank", r, low=1)
@@ -194,7 +194,7 @@ def valley_depth(profile: Profile) -> float:
 def page_entropy(m: int, n: int) -> float:
     """Return the mean entropy, in nats, of a random complex (m, n) state: Σ_{k=n+1}^{mn} 1/k - (m-1)/(2n) for m <= n.
 
-    Page's formula (1993). For large sizes log m - m/(2n), also for real entries: `marchenko_pastur_density`.
+    Page's formula (1993). Large: log m - m/(2n), real entries too: `marchenko_pastur_density`. m, n < 1: ValueError.
 
     Example:
         >>> round(page_entropy(1, 5), 12), round(page_entropy(2, 2), 12)
@@ -209,7 +209,7 @@ def page_entropy(m: int, n: int) -> float:
 def marchenko_pastur_density(x: Float[Tensor, "*shape"], ratio: float) -> Float[Tensor, "*shape"]:
     """Return the density of x = m·p for a large Gaussian (m, n) matrix, ratio = m/n in (0, 1], p as above.
 
-    Its mean is 1 and its mean of x·log x is ratio/2, so S = log m - m/(2n).
+    Its mean is 1 and its mean of x·log x is ratio/2, so S = log m - m/(2n). Another ratio raises a ValueError.
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio: got {ratio!r}, wanted 0 < m/n <= 1")

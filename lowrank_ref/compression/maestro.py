@@ -41,7 +41,7 @@ from lowrank_ref.core.registry import PaperInfo
 
 
 def prefix_product(A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], rank: int) -> Float[Tensor, "m n"]:
-    """Return B[:, :b]·A[:b], the weight after a cut at b = rank, 1 <= rank <= r."""
+    """Return B[:, :b]·A[:b], the weight after a cut at b = rank; a ValueError unless 1 <= rank <= r."""
     check_rank(rank, (B.shape[1], A.shape[0]))
     return B[:, :rank] @ A[:rank]
 
@@ -194,7 +194,7 @@ class MaestroLinear(WeightLayer):
         return F.linear(F.linear(x, self.A[: self.width]), self.B[:, : self.width], self.bias)
 
     def plain(self, rank: int | None = None) -> nn.Module:
-        """Return new ordinary layers cut at `rank`: two thin ones, or one dense layer if that has fewer weights."""
+        """Return new ordinary layers cut at `rank`: two thin ones or a smaller dense one. ValueError: another rank."""
         rank = self.rank if rank is None else rank
         check_rank(rank, (self.rank, self.rank))
         m, n = len(self.B), self.A.shape[1]
@@ -216,7 +216,7 @@ class MaestroLinear(WeightLayer):
         return torch.tensor(self.rank)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take the rank from a state dict."""
+        """Take the rank from a state dict. ValueError: more than there are components."""
         check_rank(int(state), self.A.shape[:1], "rank")
         self.rank = int(state)
 

@@ -39,7 +39,11 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def check_file(path: Path) -> None:
-    """Refuse a place where something stands that is no file: a folder, a device, a pipe."""
+    """Refuse a place where something stands that is no file: a folder, a device, a pipe.
+
+    Raises:
+        ValueError: there is such a thing.
+    """
     if path.exists() and not path.is_file():
         raise ValueError(f"path: got {path}, which is no regular file, wanted a file")
 
@@ -109,7 +113,11 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def read_file(path: Path) -> bytes:
-    """Read a regular file whole, so that nothing that happens to it later reaches what was read."""
+    """Read a regular file whole, so that nothing that happens to it later reaches what was read.
+
+    Raises:
+        ValueError: no regular file stands there.
+    """
     check_file(path)
     return path.read_bytes()
 
@@ -153,7 +161,11 @@ def digest(tensors: Mapping[str, Tensor], facts: Any) -> str:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return tensors, in memory of their own, and metadata of a safetensors file."""
+    """Return tensors, in memory of their own, and metadata of a safetensors file.
+
+    Raises:
+        ValueError: no whole safetensors file.
+    """
     data = read_file(path)
     try:
         tensors = safetensors.torch.load(data)

@@ -108,6 +108,9 @@ def gram_basis(G: Float[Tensor, "m n"], rank: int, *, start: Tensor | None = Non
 
     Returns:
         P (m, rank), PᵀP = I, in float32 or float64.
+
+    Raises:
+        TypeError, ValueError: G is no finite matrix of floating point, or rank is out of range.
     """
     check_matrix("G", G)
     check_rank(rank, G.shape)
@@ -146,6 +149,9 @@ def power_basis(
 
     Returns:
         P (m, rank), PᵀP = I, in float32 or float64.
+
+    Raises:
+        TypeError, ValueError: G is no finite matrix of floating point, or a number is out of range.
     """
     check_matrix("G", G)
     check_rank(rank, G.shape)
@@ -206,6 +212,9 @@ def subspace_basis(
 
     Returns:
         P (..., m, rank), PᵀP = I, in float32 or float64.
+
+    Raises:
+        TypeError, ValueError: G holds no finite matrices of floating point, or rank is out of range.
     """
     for matrix in G.flatten(0, -3) if G.ndim > 2 else (G,):
         check_matrix("G", matrix)
@@ -245,6 +254,9 @@ def randomized_svd(
 
     Returns:
         U (m, rank), S (rank,), Vh (rank, n), with fixed signs.
+
+    Raises:
+        TypeError, ValueError: W is no finite matrix of floating point, or a number is out of range.
     """
     check_matrix("W", W)
     check_rank(rank, W.shape)

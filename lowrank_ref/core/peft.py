@@ -67,6 +67,9 @@ class PeftLayer:
         scale: s > 0.
         magnitude: (out,), linear layers only, or None.
         dropout: probability in [0, 1) of zeroing an input of the update in training.
+
+    Raises:
+        ValueError: shapes that do not belong together, another kind, NaN or infinity, or a number out of range.
     """
 
     kind: str

@@ -59,6 +59,9 @@ class PaperInfo:
         changes: ISO date -> what is new for a reader since the first version, in one sentence.
         layers: name -> factory(base, generator=...) of an `AdaptedLinear`, walked by the test battery.
         optimizers: name -> factory(groups) of an optimizer, walked by the test battery.
+
+    Raises:
+        ValueError: a part, key, status or date that is none, or a needed or better paper that nobody plans.
     """
 
     key: str

@@ -54,7 +54,7 @@ class TrainerActions(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"saved": base64.b64encode(file.getvalue()).decode()}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        """Attach, and load if the Trainer resumes."""
+        """Attach, and load if the Trainer resumes. ValueError: as the class says."""
         if not self.actions:
             hint = "; restore_callback_states_from_checkpoint=True builds callbacks without them" if self.saved else ""
             raise ValueError(f"actions: got none, wanted at least one{hint}")

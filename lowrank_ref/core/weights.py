@@ -75,6 +75,9 @@ def current(module: nn.Module) -> Tensor:
 
     The old-style `weight_norm`, `spectral_norm` and `prune` compute it in a hook of forward: after a `load_state_dict`
     the attribute is stale until then.
+
+    Raises:
+        TypeError: it is not floating point.
     """
     weight: Any = module._parameters.get("weight")
     if weight is None:

@@ -85,6 +85,9 @@ class Claims:
     Args:
         paper: the paper's key in the registry, for example "galore".
 
+    Raises:
+        ValueError: an empty key.
+
     Example:
         >>> claims = Claims("lora")
         >>> claims.add("r = 4 is enough", where="Table 6", measured="{lora:.2f} of {full:.2f}", verdict="holds",

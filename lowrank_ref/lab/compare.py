@@ -43,6 +43,9 @@ class Arm:
             does not name counts as "-".
         numbers: count of trained numbers; None takes "trainable" from the runs.
         state_bytes: bytes of training state; None takes "state bytes" from the runs.
+
+    Raises:
+        ValueError: trains is empty, steps no whole number >= 0, or a fact named like what every arm tells.
     """
 
     trains: str
@@ -163,7 +166,11 @@ class Paired:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The runs: `rows` holds one dict per run (method, lr, seed, its numbers, or an "error")."""
+    """The runs: `rows` holds one dict per run (method, lr, seed, its numbers, or an "error").
+
+    Raises:
+        ValueError: a method of the grid has no run with a finite metric.
+    """
 
     rows: list[dict[str, Any]]
     grid: dict[str, tuple[float, ...]]
@@ -212,7 +219,11 @@ class Comparison:
         return found
 
     def by_seed(self, method: str, lr: float, metric: str | None = None) -> dict[int, float]:
-        """Return seed -> number; a diverged run is infinitely bad, a run that did not record it is left out."""
+        """Return seed -> number; a diverged run is infinitely bad, a run that did not record it is left out.
+
+        Raises:
+            ValueError: no run recorded this metric.
+        """
         metric = metric or self.metric
         if metric not in self._known:
             raise ValueError(f"metric: got {metric!r}, wanted one of {sorted(self._known)}")

@@ -52,6 +52,9 @@ def gate_penalty(gates: Float[Tensor, " layers"], strength: float = 1e-5) -> Flo
     Adam divides a gradient by its size: λ need only outweigh what the loss asks of a gate to close it. λ = 1e-3 closed
     those of a 25 M model within 200 steps, and of a LLaMA of width 64 (every abs g < 0.001 but one, 0.02); there 1e-4
     closed one or two of six, and at 1e-5 all ended between 0.04 and 0.33, as without a penalty (0.04 to 0.36).
+
+    Raises:
+        TypeError, ValueError: strength is not a number >= 0.
     """
     check_number("strength", strength, low=0)
     return strength * gates.abs().sum()

@@ -185,7 +185,11 @@ class Ternary(KeepsWide):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def normalised(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """Return RMSNorm(x), or x where the layer has no norm, in float32 or wider. This is what gets quantised."""
+        """Return RMSNorm(x), or x where the layer has no norm, in float32 or wider. This is what gets quantised.
+
+        Raises:
+            TypeError, ValueError: x is not floating point of 16 bits or more, or not (..., n).
+        """
         check_activations(x, self.in_features)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return x if self.gain is None else F.rms_norm(x, (self.in_features,), self.gain.to(x.dtype), EPS)

@@ -118,7 +118,7 @@ class GaLoreAdafactor(GaLore):
         super().__init__(params, lr, own={"decay": decay, "clip": clip}, **options)
 
     def check_options(self, group: dict[str, Any]) -> None:
-        """Check decay and clip as well."""
+        """Check decay and clip as well. TypeError, ValueError: one of them is not > 0, or as for every group."""
         super().check_options(group)
         check_number("decay", group["decay"], low=0, open_low=True)
         check_number("clip", group["clip"], low=0, open_low=True)

@@ -101,7 +101,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step of every parameter that has a gradient."""
+        """Take one step of every parameter that has a gradient.
+
+        Raises:
+            ValueError: a gradient with NaN or infinity, or a parameter that changed its shape.
+            RuntimeError: a GradScaler with per-layer updates.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -158,6 +163,9 @@ def sides(shape: tuple[int, int], side: str) -> tuple[bool, bool]:
 
     Returns:
         (left, right).
+
+    Raises:
+        ValueError: another side.
     """
     tall = shape[0] >= shape[1]
     table = {

@@ -64,7 +64,7 @@ def soft_threshold(x: Float[Tensor, "*any"], threshold: float) -> Float[Tensor, 
 def released_threshold(x: Float[Tensor, "*any"], threshold: float) -> Float[Tensor, "*any"]:
     """Return what the official code computes: shrink by ξ, then zero what is smaller than ξ after that.
 
-    So what lies between ξ and 2ξ ends at 0 as well: twice the dead zone, and a jump of height ξ at its edge.
+    What lies between ξ and 2ξ ends at 0 as well: twice the dead zone, a jump of height ξ. ξ < 0: a ValueError.
     """
     check_number("threshold", threshold, low=0)
     x = torch.where(x > threshold, x - threshold, x)
@@ -73,7 +73,7 @@ def released_threshold(x: Float[Tensor, "*any"], threshold: float) -> Float[Tens
 
 
 def l1_penalty(gates: Iterable[Float[Tensor, " _"]], strength: float) -> Float[Tensor, ""]:
-    """Return λ·Σ‖g‖₁, λ >= 0. As a term of the loss, minimised by gradients, it makes gates small but not zero."""
+    """Return λ·Σ‖g‖₁. As a term of the loss it makes gates small but not zero. λ < 0: a ValueError."""
     check_number("strength", strength, low=0)
     return strength * torch.stack([g.abs().sum() for g in gates]).sum()
 
@@ -92,7 +92,7 @@ class SoRALinear(LoRALinear):
     Args:
         base: `nn.Linear` or GPT-2's `Conv1D`; frozen here, never written.
         rank: r, the rank before anything is pruned.
-        gate: "normal" draws g ~ N(0, 1), as the official code; "ones" starts as LoRA and lets no chance decide.
+        gate: "normal" draws g ~ N(0, 1), as the official code; "ones" starts as LoRA. Else a ValueError.
         generator: source of A and g.
         **options: alpha, dropout and scaling of `LoRALinear`, which also says what is refused.
 
@@ -163,7 +163,7 @@ def kept_ranks(model: nn.Module) -> dict[str, int]:
 
 
 def gate_groups(model: nn.Module, *, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Return two optimizer groups: every other trained parameter with `weight_decay`, and the gates without."""
+    """Return two groups: all other trained parameters with `weight_decay`, and the gates. ValueError: no gates."""
     check_number("weight_decay", weight_decay, low=0)
     own = {id(g): g for g in rank_gates(model).values()}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]

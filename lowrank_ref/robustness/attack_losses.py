@@ -58,7 +58,11 @@ def dlr(logits: Float[Tensor, "batch classes"], y: Int64[Tensor, " batch"]) -> F
 def ranked_class(
     logits: Float[Tensor, "batch classes"], y: Int64[Tensor, " batch"], target: int = 1
 ) -> Int64[Tensor, " batch"]:
-    """Return of every sample the wrong class with the `target`-th largest logit, 1 = the best."""
+    """Return of every sample the wrong class with the `target`-th largest logit, 1 = the best.
+
+    Raises:
+        TypeError, ValueError: target is not an integer in [1, classes).
+    """
     check_integer("target", target, low=1)
     if target >= logits.shape[1]:
         raise ValueError(f"target: got {target} with {logits.shape[1]} classes, wanted target < classes")

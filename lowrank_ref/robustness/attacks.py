@@ -136,7 +136,11 @@ def apgd(
 def random_start(
     x: Float[Tensor, "batch *shape"], *, norm: float, epsilon: float, generator: torch.Generator | None = None
 ) -> Float[Tensor, "batch *shape"]:
-    """Return points of ball ∩ box: x plus Gaussian noise (uniform for l∞) about as long as ε, projected."""
+    """Return points of ball ∩ box: x plus Gaussian noise (uniform for l∞) about as long as ε, projected.
+
+    Raises:
+        TypeError, ValueError: another norm, ε < 0, or x outside [0, 1].
+    """
     check_threat(x, norm, epsilon)
     x = x.detach()
     device = generator.device if generator is not None else x.device

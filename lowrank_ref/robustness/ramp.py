@@ -195,7 +195,7 @@ class GradientProjection(Action):
 
     @torch.no_grad()
     def act(self) -> None:
-        """Count; at the end of an epoch, fuse."""
+        """Count; at the end of an epoch, fuse. ValueError: as the class says."""
         if (self.calls + 1) % self.every:
             self.calls += 1
             return

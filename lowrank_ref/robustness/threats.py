@@ -28,7 +28,7 @@ from lowrank_ref.robustness.projections import NORMS
 def right(
     model: nn.Module, x: Float[Tensor, "samples *shape"], y: Int64[Tensor, " samples"]
 ) -> Bool[Tensor, " samples"]:
-    """Say which samples the model, in eval mode, classifies as y. NaN logits or labels out of range raise errors."""
+    """Say which samples the model, in eval mode, classifies as y. Labels out of range or NaN: a ValueError."""
     with eval_mode(model):
         logits = model(x)
     check_labels(y, logits.shape[1])
@@ -99,6 +99,9 @@ def hull_radius(epsilon_1: float, epsilon_inf: float, d: int) -> float:
     A ball of radius ρ is inside iff ρ‖w‖₂ <= max(ε₁‖w‖_∞, ε_∞‖w‖₁) for every w (support functions). The worst w has
     k = floor(ε₁/ε_∞) equal entries and one of size a = ε₁/ε_∞ - k relative to them: ρ = ε₁/√(k + a²), about √(ε₁ε_∞).
 
+    Raises:
+        TypeError, ValueError: a radius that is not > 0, or d that is no integer >= 1.
+
     Example:
         >>> round(hull_radius(12, 8 / 255, 3072), 3)
         0.614
@@ -118,6 +121,9 @@ def is_free(norm: float, threat: Mapping[float, float], d: int) -> bool:
         norm: one of math.inf, 2, 1.
         threat: norm -> radius > 0, for all three.
         d: dimension.
+
+    Raises:
+        ValueError: another norm, or a radius that is missing.
     """
     if norm not in NORMS or set(threat) != set(NORMS):
         raise ValueError(f"norm, threat: got {norm!r} and {dict(threat)}, wanted one of {NORMS} and a radius for each")

@@ -33,7 +33,11 @@ def arrays(x: Tensor, y: Tensor, rows: Sequence[Tensor], name: str, source: str,
 
 
 def hub() -> bool:
-    """Whether the environment asks for the counterparts on the hub."""
+    """Whether the environment asks for the counterparts on the hub.
+
+    Raises:
+        ValueError: LOWRANK_DATA is neither "embedded" nor "hub".
+    """
     choice = os.environ.get("LOWRANK_DATA", "embedded")
     if choice not in ("embedded", "hub"):
         raise ValueError(f"LOWRANK_DATA: got {choice!r}, wanted 'embedded' (the default) or 'hub'")

@@ -150,7 +150,11 @@ def explore(
 
 
 class Explorer:
-    """Frames on a grid with sliders: `html` for pages, `frames[values]` for tests, `live()` for a kernel."""
+    """Frames on a grid with sliders: `html` for pages, `frames[values]` for tests, `live()` for a kernel.
+
+    Raises:
+        ValueError: more than 150 kB of HTML.
+    """
 
     def __init__(
         self,

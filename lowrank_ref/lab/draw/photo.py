@@ -151,6 +151,9 @@ class PhotoExplorer:
     Attributes:
         errors: relative error of the best approximation of rank 1, 2, ..., `most`.
         share: bytes of the factors over bytes of the photograph, likewise.
+
+    Raises:
+        ValueError: a start without a place on the slider, or too much HTML.
     """
 
     def __init__(self, X: np.ndarray, title: str, alt: str, caption: str, label: str, start: int | None):

@@ -54,6 +54,9 @@ def curves(ax: Any, runs: Mapping[str, Sequence[ArrayLike]], *, x: ArrayLike | N
         ax: matplotlib axes.
         runs: method -> one row of numbers per seed, all of one length.
         x: places of the numbers; default 1, 2, ...
+
+    Raises:
+        ValueError: rows that do not have one length.
     """
     drawn = looks(runs)
     for name, rows in runs.items():

@@ -16,6 +16,9 @@ class Table:
         css: class of the HTML table.
         attributes: further attributes of the HTML table, name -> value.
         row_attributes: one such mapping per row.
+
+    Raises:
+        ValueError: a row with more or fewer cells than columns.
     """
 
     def __init__(

@@ -18,6 +18,9 @@ class MLP(nn.Module):
         sizes: widths from input to output, at least two, for example (64, 128, 128, 10).
         activation: makes the module between layers.
         generator: draws the weights, uniformly within 1/sqrt(inputs) as PyTorch does.
+
+    Raises:
+        ValueError: fewer than two sizes.
     """
 
     def __init__(
@@ -49,6 +52,9 @@ class ConvNet(nn.Module):
         classes: number of logits.
         inputs: channels of the picture.
         generator: draws the weights, uniformly within 1/sqrt(inputs of a filter) as PyTorch does.
+
+    Raises:
+        ValueError: no channels.
     """
 
     def __init__(

@@ -11,7 +11,11 @@ __all__ = ["GPT", "Attention", "Block", "SwiGLU", "ViT", "llama_shape"]
 
 
 class Attention(nn.Module):
-    """Multi-head attention with four separate bias-free matrices `q`, `k`, `v`, `o`, each (dim, dim)."""
+    """Multi-head attention with four separate bias-free matrices `q`, `k`, `v`, `o`, each (dim, dim).
+
+    Raises:
+        ValueError: heads do not divide dim.
+    """
 
     def __init__(self, dim: int, heads: int, *, causal: bool):
         super().__init__()
@@ -163,6 +167,9 @@ class ViT(nn.Module):
         classes: number of logits.
         channels: channels of the picture.
         generator: draws the weights, as in GPT.
+
+    Raises:
+        ValueError: patch does not divide image, or heads do not divide dim.
     """
 
     def __init__(
