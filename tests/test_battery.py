@@ -53,6 +53,16 @@ def assert_equal_optimizers(got, wanted):
 
 
 @each_layer
+def test_a_rank_that_is_none_is_named(name):
+    """The first thing that is looked at, before anything is drawn or decomposed; SVFit's None is all ranks."""
+    for rank in (0, -1, M + 1, 2.0, "8", True, *([] if name in ("SVFitLinear", "SingularCoreLinear") else [None])):
+        base = linear()
+        with pytest.raises((TypeError, ValueError), match=r"^rank: got"):
+            LAYERS[name](base, rank=rank, generator=seeded())
+        assert base.weight.requires_grad
+
+
+@each_layer
 def test_starts_at_the_base(name):
     layer, x = adapter(name, moved=False), batch(0)
     off = (layer(x) - layer.base(x)).abs().max()

@@ -12,6 +12,7 @@ import torch
 from battery import LAYERS, WEIGHT_LAYERS, M, N, adapter, batch, linear, seeded, tolerance
 from torch import nn
 
+from lowrank_ref.adapters import LoRAConv2d, LoRAEmbedding
 from lowrank_ref.core.layers import Adapter, WeightLayer, disabled, merge_adapters, replace_linears
 
 each_layer = pytest.mark.parametrize("name", LAYERS)
@@ -211,6 +212,21 @@ def test_what_was_used_in_inference_mode_trains_afterwards(name, rows):
             other(x).float().sum().backward()
         other(x).sum().backward()
     assert all(p.grad is not None for p in other.adapter_parameters().values())
+
+
+@each_layer
+def test_a_float8_base_is_refused_and_stays_as_it_was(name):
+    """PyTorch stores float8 and adds or promotes nothing of it."""
+    base = linear(torch.float32).to(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match="got dtype torch.float8_e4m3fn, wanted a floating-point dtype of 16 bits"):
+        LAYERS[name](base, generator=seeded())
+    assert base.weight.requires_grad
+
+
+@pytest.mark.parametrize("base, make", [(nn.Embedding(5, 4), LoRAEmbedding), (nn.Conv2d(4, 4, 3), LoRAConv2d)])
+def test_a_float8_embedding_or_convolution_too(base, make):
+    with pytest.raises(TypeError, match="got dtype torch.float8_e4m3fn, wanted a floating-point dtype of 16 bits"):
+        make(base.to(torch.float8_e4m3fn), 2)
 
 
 @each_layer

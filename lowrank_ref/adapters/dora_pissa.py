@@ -77,10 +77,8 @@ class DoRALinear(LoRALinear):
         super().__init__(base, rank, **options)
         self.detach_norm = detach_norm
         norms = row_norms(weight_of(base), self.A, self.B, self.scale)  # B = 0: those of W
-        if not bool((norms > 0).all()):
-            raise ValueError(
-                f"base.weight: got zero or NaN rows {(~(norms > 0)).nonzero().flatten().tolist()}, wanted none"
-            )
+        if bad := (~((norms > 0) & norms.isfinite())).nonzero().flatten().tolist():
+            raise ValueError(f"base.weight: got zero, NaN or infinite rows {bad}, wanted none")
         self.magnitude = nn.Parameter(norms)
 
     def delta_weight(self) -> Float[Tensor, "m n"]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lowrank_ref.adapters.lora import delta_weight, init_factors, lora_scaling
 from lowrank_ref.core.bases import Adapter, of_base
-from lowrank_ref.core.checks import check_floating, check_number
+from lowrank_ref.core.checks import check_number, check_wide
 from lowrank_ref.core.weights import has_own_forward
 
 
@@ -53,7 +53,7 @@ class LoRAEmbedding(Adapter):
     ) -> None:
         if type(base) is not nn.Embedding or base.max_norm is not None:
             raise TypeError(f"base: got {base!r}, wanted nn.Embedding without max_norm")
-        check_floating("base.weight", base.weight)
+        check_wide("base.weight", base.weight)
         check_number("alpha", alpha, low=0, open_low=True)
         uniform, zero = init_factors(base.weight.detach(), rank, generator)  # (r, dim), (num, r)
         super().__init__(base)
@@ -124,7 +124,7 @@ class LoRAConv2d(Adapter):
         own = not isinstance(base, nn.Conv2d) or (has_own_forward(base) and "forward" not in vars(base))
         if own or base.groups != 1:  # a subclass that pads by itself, say: the update would not
             raise TypeError(f"base: got {base!r}, wanted nn.Conv2d with groups=1 and no forward of its own")
-        check_floating("base.weight", base.weight)
+        check_wide("base.weight", base.weight)
         check_number("alpha", alpha, low=0, open_low=True)
         check_number("dropout", dropout, low=0, high=1 - 1e-9)
         A, B = init_factors(base.weight.detach().flatten(1), rank, generator)

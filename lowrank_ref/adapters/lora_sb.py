@@ -68,7 +68,12 @@ def core_update(
 def truncated_svd(
     W: Float[Tensor, "m n"], rank: int, generator: torch.Generator | None = None
 ) -> tuple[Float[Tensor, "m r"], Float[Tensor, " r"], Float[Tensor, "r n"]]:
-    """Return U, S, Vh of the top `rank` singular triples: exact for min(m, n) <= `EXACT`, else from a random sketch."""
+    """Return U, S, Vh of the top `rank` singular triples: exact for min(m, n) <= `EXACT`, else from a random sketch.
+
+    Raises:
+        TypeError, ValueError: rank is not an integer in [1, min(m, n)], or W is not finite.
+    """
+    check_rank(rank, W.shape)
     if min(W.shape) <= EXACT:
         return svd(W, rank)
     return randomized_svd(W, rank, oversample=10, iterations=4, generator=generator)

@@ -64,6 +64,9 @@ class LoRAXSLinear(LoRASBLinear):
         frames: (W, rank, generator) -> (A, B): `xs_frames`, `singular_frames`, `random_frames`.
         generator: source of R, and of random frames.
 
+    Raises:
+        TypeError, ValueError: rank is not an integer in [1, min(m, n)], or as `LoRASBLinear`.
+
     Example:
         >>> from torch import nn
         >>> from lowrank_ref.adapters import LoRAXSLinear
@@ -82,6 +85,7 @@ class LoRAXSLinear(LoRASBLinear):
         **options: Any,
     ) -> None:
         W = weight_of(base).detach()
+        check_rank(rank, W.shape)
         A, B = frames(W, rank, generator)
         device = generator.device if generator is not None else W.device
         R = 1e-5 * torch.randn(rank, rank, generator=generator, dtype=B.dtype, device=device)

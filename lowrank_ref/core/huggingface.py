@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lowrank_ref.core.matching import HEADS
+from lowrank_ref.core.matching import heads
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -31,9 +31,9 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 
 def frozen_heads(model: nn.Module) -> list[str]:
-    """Return the paths of modules with the name of a task's head, nothing of which trains."""
-    heads = {path: list(m.parameters()) for path, m in model.named_modules() if path.rpartition(".")[2] in HEADS}
-    return [path for path, ps in heads.items() if ps and not any(p.requires_grad for p in ps)]
+    """Return the paths of a task's heads, nothing of which trains."""
+    owned = {path: list(model.get_submodule(path).parameters()) for path in heads(model)}
+    return [path for path, ps in owned.items() if ps and not any(p.requires_grad for p in ps)]
 
 
 def follow_ties(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from lowrank_ref.core.matching import capped
 
 #: Adam at this rate or below moves a factor that starts at zero too slowly; it is the default of transformers' Trainer.
 FULL_RATE = 5e-5
+ADAMS = torch.optim.Adam | torch.optim.AdamW | torch.optim.NAdam | torch.optim.RAdam | torch.optim.Adamax
 log = logging.getLogger("lowrank_ref")
 _layer_of = WeakIdKeyDictionary()  # old weight -> weak reference to the layer that trains in its place
 _seen: "weakref.WeakSet[torch.optim.Optimizer]" = weakref.WeakSet()
@@ -52,7 +53,7 @@ def _look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         layer for layer in (ref() for ref in _layer_of.values()) if getattr(layer, "starts_from_weight", True) is False
     ]
     factors = {id(p) for layer in layers for p in layer.adapter_parameters().values()}
-    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) else ():
+    for group in optimizer.param_groups if isinstance(optimizer, ADAMS) else ():
         rate = float(group.get("initial_lr", group["lr"]))
         if 0 < rate <= FULL_RATE and any(id(p) in factors for p in group["params"]):
             log.warning("learning rate %g is one for full fine-tuning; adapters want about ten times as much", rate)

@@ -20,7 +20,7 @@ from torch import nn
 from lowrank_ref.core import huggingface, idle
 from lowrank_ref.core.accounting import parameter_report
 from lowrank_ref.core.bases import AdaptedLinear, Adapter, FactoredLinear, WeightLayer, dense
-from lowrank_ref.core.matching import Pattern, capped, is_output, matcher, no_match, select
+from lowrank_ref.core.matching import Pattern, capped, matcher, no_match, output_layers, select
 from lowrank_ref.core.weights import (
     PLAIN,
     carry_hooks,
@@ -345,7 +345,8 @@ def _report(model: nn.Module, changed: dict[str, tuple[nn.Module, nn.Module]], t
         if any(id(p) in trained for p in model.get_submodule(path).parameters()):
             hint = f'if it is new, let it train with trainable=["{path}"]'
             log.warning("replace_linears: froze the head %r with the rest of the model; %s", path, hint)
+    outputs = output_layers(model)
     for path, (old, layer) in changed.items():
-        if isinstance(layer, Adapter) and not isinstance(old, Adapter) and is_output(model, path, layer):
+        if isinstance(layer, Adapter) and not isinstance(old, Adapter) and path in outputs:
             hint = 'leave it out of the pattern ("all-linear" does), and name it in `trainable` if it is new'
             log.warning("replace_linears: adapts the output layer %r as well; if that is not meant, %s", path, hint)

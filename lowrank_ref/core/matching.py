@@ -52,7 +52,8 @@ def select(model: nn.Module, candidates: Mapping[str, nn.Module], pattern: Patte
         ValueError: none, or a name of the list means none, or no regular expression.
     """
     if pattern == "all-linear":
-        hits = {path: layer for path, layer in candidates.items() if not is_output(model, path, layer)}
+        outputs = output_layers(model)
+        hits = {path: layer for path, layer in candidates.items() if path not in outputs}
     else:
         matches = matcher("pattern", pattern)
         hits = {path: layer for path, layer in candidates.items() if matches(path)}
@@ -81,6 +82,11 @@ def no_match(start: str, pattern: Pattern, names: Iterable[str], model: nn.Modul
         what = f"matches nothing that can be replaced, only {capped(kinds)}"
     plain = re.sub(r"[^\w.]+", ".", pattern if isinstance(pattern, str) else " ".join(pattern))
     near = difflib.get_close_matches(plain, names, n=4, cutoff=0.3) or names[:4]
+    if re.sub(r"[^a-z]", "", plain.lower()) == "alllinear":
+        what += ' (all layers are the text "all-linear", with a hyphen)'
+    elif isinstance(pattern, str) and re.search(r"[,\s]", pattern):
+        parts = re.findall(r"[^,\s]+", pattern)
+        what += f" (several names are a list: {parts!r})"
     return f"{start} {what}; near candidates are: {', '.join(near) or 'none, the model has no such module'}"
 
 
@@ -94,7 +100,27 @@ def _others(model: nn.Module, pattern: Pattern) -> list[str]:
     return [kinds[path] for path in found if path not in inside] or [f"{kinds[path]} inside one" for path in inside]
 
 
-def is_output(model: nn.Module, path: str, layer: nn.Module) -> bool:
-    """Tell the layers that give a model's answer, which PEFT leaves out of "all-linear" too."""
-    outputs = [getattr(module, "get_output_embeddings", lambda: None)() for module in model.modules()]
-    return path.rpartition(".")[2] in HEADS or any(layer is output for output in outputs)
+def heads(model: nn.Module) -> list[str]:
+    """Return the paths of the modules that answer a task: by name, or beside the base of a transformers model.
+
+    There, what stands beside the base is a head, unless the model has an output layer: then it was trained before.
+    """
+    found = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in HEADS}
+    for path, module in model.named_modules():
+        base = getattr(module, getattr(module, "base_model_prefix", "") or " ", None)
+        if isinstance(base, nn.Module) and _output(module) is None:
+            beside = [name for name, child in module.named_children() if child is not base and [*child.parameters()]]
+            found |= {f"{path}.{name}".lstrip(".") for name in beside}
+    return [path for path in sorted(found) if not any(path.startswith(f"{other}.") for other in found)]
+
+
+def _output(module: nn.Module) -> Any:
+    return getattr(module, "get_output_embeddings", lambda: None)()
+
+
+def output_layers(model: nn.Module) -> set[str]:
+    """Return the paths of the layers that give a model's answer, which PEFT leaves out of "all-linear" too."""
+    outputs = {id(output) for output in map(_output, model.modules()) if output is not None}
+    tops = tuple(f"{path}." for path in heads(model))
+    named = model.named_modules(remove_duplicate=False)
+    return {path for path, module in named if id(module) in outputs or f"{path}.".startswith(tops)}

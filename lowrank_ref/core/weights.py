@@ -15,7 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lowrank_ref.core.checks import check_floating
+from lowrank_ref.core.checks import check_wide
 
 #: Kinds of layers whose `forward` is known to compute with `weight` and `bias` alone.
 PLAIN = (nn.Linear, nn.Conv2d, nn.Embedding)
@@ -59,7 +59,7 @@ def weight_of(module: nn.Module) -> Float[Tensor, "m n"]:
     """Return the layer's weight as (out, in), a view for `Conv1D`.
 
     Raises:
-        TypeError: the module is no linear layer, or its weight is not floating point (a quantised base).
+        TypeError: the module is no linear layer, or its weight is not floating point of 16 bits or more (quantised).
         ValueError: the weight is no matrix.
     """
     if not is_linear(module):
@@ -86,7 +86,7 @@ def current(module: nn.Module) -> Tensor:
             if pure or (isinstance(hook, SpectralNorm) and not module.training):  # which iterates while it trains
                 cast(Any, hook)(module, None)
         weight = module.weight
-    check_floating("base.weight", weight)
+    check_wide("base.weight", weight)
     return weight
 
 

@@ -109,11 +109,11 @@ def test_dora_norm_is_detached_on_request_only():
 
 
 def test_dora_refuses_a_row_without_direction():
-    for value in (0.0, torch.nan):
+    for value in (0.0, torch.nan, torch.inf):
         layer = base(3, 2)
         with torch.no_grad():
             layer.weight[1] = value
-        with pytest.raises(ValueError, match=r"base\.weight: got zero or NaN rows \[1\]"):
+        with pytest.raises(ValueError, match=r"base\.weight: got zero, NaN or infinite rows \[1\]"):
             DoRALinear(layer, 1)
         assert layer.weight.requires_grad
 

@@ -424,6 +424,46 @@ def test_mistake_4_a_new_head_forgotten(caplog):
     assert not caplog.text and model.classifier.weight.requires_grad
 
 
+ROBERTA = {**SIZES, "max_position_embeddings": 16, "num_labels": 3}
+DISTIL = {"vocab_size": 50, "dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 12}
+#: Kind of model -> its config, and the heads that are new when it is fine-tuned.
+HEADED = {
+    "RobertaForSequenceClassification": ("Roberta", ROBERTA, ["classifier"]),
+    "ElectraForSequenceClassification": ("Electra", {**ROBERTA, "embedding_size": 16}, ["classifier"]),
+    "DistilBertForSequenceClassification": ("DistilBert", DISTIL, ["classifier", "pre_classifier"]),
+    "DistilBertForQuestionAnswering": ("DistilBert", DISTIL, ["qa_outputs"]),
+    "BartForSequenceClassification": ("Bart", BART, ["classification_head"]),
+    "ViTForImageClassification": ("ViT", PICTURE, ["classifier"]),
+    "RobertaForMaskedLM": ("Roberta", ROBERTA, []),
+}
+
+
+@pytest.mark.parametrize("kind", HEADED)
+def test_mistake_4_and_10_a_head_of_several_layers(kind, caplog):
+    config, sizes, heads = HEADED[kind]
+    model = replace_linears(model_of(kind, config, **sizes), "all-linear", LORA)
+    assert not any(path.startswith(tuple(heads)) for path, _ in adapters(model) if heads)
+    assert [f"froze the head {head!r}" in caplog.text for head in heads] == [True] * len(heads)
+    assert caplog.text.count("froze the head") == len(heads)
+    caplog.clear()
+    replace_linears(model_of(kind, config, **sizes), "", LORA)
+    assert all(f"adapts the output layer '{head}" in caplog.text for head in heads)
+
+
+@pytest.mark.parametrize(
+    "pattern, hint",
+    [
+        ("query,value", r"several names are a list: \['query', 'value'\]"),
+        ("query value", r"several names are a list: \['query', 'value'\]"),
+        ("all_linear", 'the text "all-linear"'),
+        (["all-linear"], 'the text "all-linear"'),
+    ],
+)
+def test_mistake_2_names_in_one_text_get_a_hint(pattern, hint):
+    with pytest.raises(ValueError, match=f"{hint}.*near candidates are"):
+        replace_linears(classifier(), pattern, LORA)
+
+
 def test_mistake_5_an_optimizer_from_before():
     model = classifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -434,9 +474,10 @@ def test_mistake_5_an_optimizer_from_before():
         optimizer.step()
 
 
-def test_mistake_6_the_rate_of_full_fine_tuning(caplog):
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax])
+def test_mistake_6_the_rate_of_full_fine_tuning(kind, caplog):
     model = replace_linears(classifier(), ["query"], LORA, trainable=["classifier"])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-5)
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=5e-5)
     model(input_ids=TOKENS).logits.sum().backward()
     optimizer.step()
     assert "adapters want about ten times as much" in caplog.text
