@@ -12,7 +12,7 @@ import torch
 from battery import LAYERS, WEIGHT_LAYERS, M, N, adapter, batch, linear, seeded, tolerance
 from torch import nn
 
-from lowrank_ref.adapters import LoRAConv2d, LoRAEmbedding
+from lowrank_ref.adapters import LoRAConv2d, LoRAEmbedding, SingularCoreLinear, SVFitLinear
 from lowrank_ref.core.layers import Adapter, WeightLayer, disabled, merge_adapters, replace_linears
 
 each_layer = pytest.mark.parametrize("name", LAYERS)
@@ -212,6 +212,22 @@ def test_what_was_used_in_inference_mode_trains_afterwards(name, rows):
             other(x).float().sum().backward()
         other(x).sum().backward()
     assert all(p.grad is not None for p in other.adapter_parameters().values())
+
+
+@pytest.mark.parametrize("name", [*LAYERS, "SVFit, multiplicative", "core, multiplicative"])
+def test_over_a_weight_of_zeros_something_trains_or_it_is_refused(name):
+    kinds = {"SVFit, multiplicative": SVFitLinear, "core, multiplicative": SingularCoreLinear}
+    make = partial(kinds[name], form="multiplicative") if name in kinds else LAYERS[name]
+    base = linear(torch.float32)
+    nn.init.zeros_(base.weight)
+    try:
+        layer = make(base, generator=seeded())
+    except ValueError as error:
+        assert "zero" in str(error) or "largest singular value (multiplicative): got 0" in str(error)
+        assert base.weight.requires_grad
+        return
+    layer(batch(0, torch.float32)).square().sum().backward()
+    assert any(p.grad.abs().sum() > 0 for p in layer.adapter_parameters().values())
 
 
 @each_layer

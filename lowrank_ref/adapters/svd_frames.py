@@ -65,7 +65,7 @@ class LoRAXSLinear(LoRASBLinear):
         generator: source of R, and of random frames.
 
     Raises:
-        TypeError, ValueError: rank is not an integer in [1, min(m, n)], or as `LoRASBLinear`.
+        TypeError, ValueError: rank is not an integer in [1, min(m, n)], a frame is all zero, or as `LoRASBLinear`.
 
     Example:
         >>> from torch import nn
@@ -87,6 +87,8 @@ class LoRAXSLinear(LoRASBLinear):
         W = weight_of(base).detach()
         check_rank(rank, W.shape)
         A, B = frames(W, rank, generator)
+        if not bool(A.any() and B.any()):
+            raise ValueError("base.weight: got zeros only, whose frames no core can move, wanted other frames=...")
         device = generator.device if generator is not None else W.device
         R = 1e-5 * torch.randn(rank, rank, generator=generator, dtype=B.dtype, device=device)
         super().__init__(base, A, R, B, **options)

@@ -124,8 +124,7 @@ class SVFitLinear(AdaptedLinear):
         generator: source of the controls' directions; "top" draws nothing.
 
     Raises:
-        TypeError, ValueError: base is no floating-point linear layer, or its weight is not finite; an argument out of
-            range.
+        TypeError, ValueError: no finite linear layer, all zero if "multiplicative", or an argument out of range.
 
     Example:
         >>> from torch import nn
@@ -163,6 +162,7 @@ class SVFitLinear(AdaptedLinear):
         self.rank = min(W.shape) if rank is None else rank
         self.pairs, self.form, self.store_bases = pairs, form, store_bases
         U, S, Vh = choose_pairs(W, self.rank, pairs, generator)
+        check_number(f"largest singular value ({form})", float(S.max()), low=0, open_low=form == "multiplicative")
         self.register_buffer("U", U, persistent=store_bases)
         self.register_buffer("S", S)
         self.register_buffer("Vh", Vh, persistent=store_bases)
