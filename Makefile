@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 # Python compiles what it imports; compiling all that is installed takes a minute more.
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help book test ci unit notebooks fresh lab clean
+.PHONY: help book test ci unit coverage notebooks fresh lab clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | expand -t 12
@@ -22,6 +22,9 @@ ci: $(INSTALLED) ## as test, but the chapters in a new environment, as Colab wou
 
 unit: $(INSTALLED) ## the unit tests only
 	@$(RUN) book/tools/check.py unit
+
+coverage: $(INSTALLED) ## the unit tests, and which lines they reach: 95 % at least
+	@$(RUN) book/tools/check.py coverage
 
 notebooks: $(INSTALLED) ## run the chapters in place and refresh their outputs
 	@$(RUN) tests/benchmarks/bench_comparison.py --out book/results/comparison.json
