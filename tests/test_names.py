@@ -84,6 +84,11 @@ def test_a_public_name_is_defined_in_one_file():
     assert twins(public) == {}
 
 
+def test_kernels_and_definitions_share_one_eps():
+    root = Path(__file__).parents[1] / "lowrank_ref"
+    assert [p.parent.name for p in root.rglob("*.py") if "EPS" in defined(p.read_text())] == ["kernels"]
+
+
 def test_twins_are_seen():
     other = {
         "a/x.py": "def gates(): ...\nclass A: ...\nB: int = 1\n_C = 2",

@@ -19,7 +19,7 @@ from lowrank_ref.adapters.dora_pissa import DoRALinear
 from lowrank_ref.adapters.embedding_conv import LoRAConv2d, LoRAEmbedding
 from lowrank_ref.adapters.lora import LoRALinear
 from lowrank_ref.core.io import holds, load_all, load_plain, mismatches, plain_path, plain_state, refuse
-from lowrank_ref.core.layers import Adapter, Model, adapters, is_conv1d, is_linear, replace_modules, weight_of
+from lowrank_ref.core.layers import Adapter, Model, adapters, is_conv1d, is_linear, log, replace_modules, weight_of
 from lowrank_ref.core.peft import PEFT_HEADS, PeftLayer, read_peft, task_name, write_peft
 
 #: Modules without a forward, which PEFT cannot train in full.
@@ -97,6 +97,8 @@ def save_peft(
 def load_peft(model: Model, folder: str | Path) -> Model:
     """Wrap the layers that a PEFT folder names, and load its factors and fully trained modules; those then train.
 
+    Where the folder names another base than the model's config, the logger "lowrank_ref" warns.
+
     Args:
         model: the plain base model, also compiled. Changed in place, or not at all.
         folder: holds `adapter_config.json` and `adapter_model.safetensors`.
@@ -157,6 +159,14 @@ def load_peft(model: Model, folder: str | Path) -> Model:
     except Exception:
         load(before)
         raise
+    there, here = (
+        checkpoint.config.get("base_model_name_or_path"),
+        getattr(getattr(root, "config", 0), "_name_or_path", 0),
+    )
+    if there and here and Path(str(there)).name != Path(str(here)).name:
+        log.warning(
+            "load_peft: the folder is made for the base %r, the model is %r; see that they are the same", there, here
+        )
     return model
 
 

@@ -133,7 +133,7 @@ class Adapter(nn.Module, metaclass=_FreezesLast):
 
     def remember_start(self) -> None:
         """Note what the base's weight is, for the first forward to check that it still is."""
-        self._start = self._own(), self._sample()
+        self._start = self._own(), self.sample()
 
     def check_start(self) -> None:
         """Require that the base's weight is what this layer started from, unless its own numbers were written as well.
@@ -146,7 +146,7 @@ class Adapter(nn.Module, metaclass=_FreezesLast):
         if torch.compiler.is_compiling() or self._start is None:
             return
         own, before = self._start
-        if own == self._own() and not torch.allclose(before, self._sample(), 0.02, float(before.abs().max()) / 500):
+        if own == self._own() and not torch.allclose(before, self.sample(), 0.02, float(before.abs().max()) / 500):
             got = f"another weight than the one from which {type(self).__name__} starts"
             raise ValueError(f"base.weight: got {got}, wanted that one; load the base first, then adapt it")
         self._start = None
@@ -155,7 +155,7 @@ class Adapter(nn.Module, metaclass=_FreezesLast):
         """Return which tensors the trained parameters are, and how often each was written."""
         return [(id(p), 0 if p.is_inference() else p._version) for p in self.adapter_parameters().values()]
 
-    def _sample(self) -> Tensor:
+    def sample(self) -> Tensor:
         """Return a few entries of W, on the CPU."""
         W = current(self.base).detach()
         return W[tuple(slice(None, None, max(1, size // 8)) for size in W.shape)].to("cpu", torch.float32, copy=True)

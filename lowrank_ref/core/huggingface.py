@@ -4,9 +4,11 @@ transformers (5 and later) keeps the ties of a model by name, and reads them whe
 adapter moves a weight from "lm_head.weight" to "lm_head.base.weight"; a merge may take it off its tie.
 """
 
+import functools
+import inspect
+import sys
 import warnings
 from collections import Counter
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -74,24 +76,34 @@ def _place(name: str, now: dict[str, nn.Parameter]) -> str:
 
 
 def guard_saving(model: nn.Module) -> None:
-    """Let every `save_pretrained` of the model warn while it holds layers that `from_pretrained` cannot build."""
-    for module in model.modules():
-        if callable(getattr(module, "save_pretrained", None)) and any(_foreign(module)):
-            module.save_pretrained = MethodType(save_pretrained, module)  # type: ignore[assignment]
+    """Let `save_pretrained` warn while a model holds layers that `from_pretrained` cannot build.
+
+    Classes get the warning, not this model: it may be a part of the one that is saved.
+    """
+    kinds = [type(module) for module in model.modules()]
+    for kind in [*kinds, getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", nn.Module)]:
+        owner = next((owner for owner in kind.__mro__ if inspect.isfunction(vars(owner).get("save_pretrained"))), None)
+        if owner is not None and not hasattr(owner.save_pretrained, "warns"):
+            owner.save_pretrained = _warning(owner.save_pretrained)
 
 
-def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
-    """Warn, then save as ever: a Trainer's checkpoints go this way, and resume in a model that was adapted alike."""
-    if foreign := Counter(_foreign(self)):
-        listing = ", ".join(f"{count} {name}" for name, count in foreign.items())
-        warnings.warn(
-            f"save_pretrained: the model holds {listing}, which from_pretrained does not build: it would load them as "
-            "new random or as other layers. To keep them, use save_adapters or save_peft (or save_tensors of the state "
-            "dict); to have plain weights, merge_adapters (or to_linear) first. As a checkpoint to resume from in a "
-            "model that was changed in the same way, the folder is fine.",
-            stacklevel=2,
-        )
-    return type(self).save_pretrained(self, *args, **options)
+def _warning(save: Any) -> Any:
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
+        # Trainer's checkpoints go this way too. A class may call that of its parent: one warning is enough.
+        if type(self).save_pretrained is save_pretrained and (foreign := Counter(_foreign(self))):
+            listing = ", ".join(f"{count} {name}" for name, count in foreign.items())
+            warnings.warn(
+                f"save_pretrained: the model holds {listing}, which from_pretrained does not build: it would load them "
+                "as new random or as other layers. To keep them, use save_adapters or save_peft (or save_tensors of "
+                "the state dict); to have plain weights, merge_adapters (or to_linear) first. As a checkpoint to "
+                "resume from in a model that was changed in the same way, the folder is fine.",
+                stacklevel=2,
+            )
+        return save(self, *args, **options)
+
+    save_pretrained.warns = True  # type: ignore[attr-defined]
+    return save_pretrained
 
 
 def _foreign(model: nn.Module) -> list[str]:

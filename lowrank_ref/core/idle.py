@@ -1,4 +1,4 @@
-"""Look at each optimizer's first step: was it built before the surgery, or with the rate of full fine-tuning?"""
+"""Look at each optimizer's first step: built before the surgery? The rate of full fine-tuning? Decay of gates?"""
 
 import logging
 import weakref
@@ -31,7 +31,7 @@ def watch(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
 
 
 def _look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Refuse the first step of an optimizer that was built too early, and warn of a rate that is too low.
+    """Refuse an optimizer that was built too early; warn of a rate that is too low, or of decay that falls on gates.
 
     Raises:
         ValueError: it holds the old weight of a layer, which gets no gradient any more, and nothing that trains there.
@@ -49,9 +49,18 @@ def _look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         got = f"the old weights of {len(idle)} layers that are {capped(set(idle))} now, and nothing that trains there"
         raise ValueError(f"optimizer: got {got}; build the optimizer after replace_linears")
     _seen.add(optimizer)
-    layers = [
-        layer for layer in (ref() for ref in _layer_of.values()) if getattr(layer, "starts_from_weight", True) is False
-    ]
+    living: list[Any] = [layer for layer in (ref() for ref in _layer_of.values()) if layer is not None]
+    spared = {
+        id(getattr(m, name)): f"{name} of {type(m).__name__}" for m in living for name in getattr(m, "no_decay", ())
+    }
+    for decay, ps in ((group.get("weight_decay") or 0.0, group["params"]) for group in optimizer.param_groups):
+        if decay and (hit := {spared[id(p)] for p in ps if id(p) in spared}):
+            advice = "take optimizer_groups(model, lr, weight_decay), in a Trainer as optimizers=(optimizer, None)"
+            log.warning(
+                "weight decay %g falls on %s, which it should not shrink; %s", decay, capped(sorted(hit)), advice
+            )
+            break
+    layers = [layer for layer in living if getattr(layer, "starts_from_weight", True) is False]
     factors = {id(p) for layer in layers for p in layer.adapter_parameters().values()}
     for group in optimizer.param_groups if isinstance(optimizer, ADAMS) else ():
         rate = float(group.get("initial_lr", group["lr"]))

@@ -23,7 +23,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lowrank_ref.core.checks import check_finite, finite
-from lowrank_ref.core.layers import Adapter, adapters
+from lowrank_ref.core.layers import Adapter, adapters, log
+from lowrank_ref.core.matching import capped
 
 FORMAT = "lowrank_ref"
 #: Where a file's header keeps the digest of the rest.
@@ -313,6 +314,27 @@ def card_mismatches(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterab
             yield f"layer {name or 'model'}: {got.get(name)} in the file, {wanted.get(name)} in the model"
 
 
+def base_samples(model: nn.Module) -> dict[str, list[float]]:
+    """Return path -> a few entries of the weight that an adapter stands beside, by which another base is noticed."""
+    found = {}
+    for path, layer in adapters(model):
+        weight: Any = getattr(layer.base, "weight", None)
+        if isinstance(weight, Tensor) and weight.numel() and not _odd(weight):
+            sample = layer.sample().flatten()
+            found[plain_path(model, path)] = [float(f"{v:.4g}") for v in sample[:: max(1, len(sample) // 8)].tolist()]
+    return found
+
+
+def _other_bases(got: Any, wanted: Mapping[str, list[float]]) -> list[str]:
+    """Return the paths whose base had other numbers when the file was written; rounding to 16 bits is no difference."""
+    found = []
+    for path in got.keys() & wanted.keys() if isinstance(got, dict) else ():
+        old, new = torch.tensor(got[path]), torch.tensor(wanted[path])
+        if old.shape != new.shape or not torch.allclose(old, new, 0.02, float(old.abs().max()) / 500, equal_nan=True):
+            found.append(path)
+    return sorted(found)
+
+
 def _trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Everything an adapter owns (not its base), every other trained parameter, and the buffers beside or among those.
 
@@ -351,11 +373,13 @@ def save_adapters(model: nn.Module, path: str | Path) -> None:
         ValueError: no adapter, a tensor with NaN or infinity, or what `save_tensors` refuses.
 
     Example:
+        >>> import copy
         >>> from functools import partial
         >>> from tempfile import TemporaryDirectory
         >>> from torch import nn
         >>> from lowrank_ref import LoRALinear, load_adapters, save_adapters, replace_linears
-        >>> make = lambda: replace_linears(nn.Sequential(nn.Linear(6, 2)), "0", partial(LoRALinear, rank=2))
+        >>> base = nn.Sequential(nn.Linear(6, 2))
+        >>> make = lambda: replace_linears(copy.deepcopy(base), "0", partial(LoRALinear, rank=2))
         >>> trained, fresh = make(), make()
         >>> with TemporaryDirectory() as folder:
         ...     save_adapters(trained, f"{folder}/mine.safetensors")
@@ -366,11 +390,14 @@ def save_adapters(model: nn.Module, path: str | Path) -> None:
     state = cpu_copies(_trained_state(model))
     for name, tensor in state.items():
         check_finite(name, tensor)
-    save_tensors(state, path, kind="adapters", metadata={"layers": json.dumps(layer_cards(model), sort_keys=True)})
+    facts = {"layers": layer_cards(model), "bases": base_samples(model)}
+    save_tensors(state, path, kind="adapters", metadata={k: json.dumps(v, sort_keys=True) for k, v in facts.items()})
 
 
 def load_adapters(model: nn.Module, path: str | Path) -> None:
     """Load what `save_adapters` wrote into a model that was adapted in the same way.
+
+    Beside another base, with other numbers in the adapted weights, the logger "lowrank_ref" warns.
 
     Args:
         model: same adapters at the same paths, same trained parameters; compiled, wrapped by DDP, or plain. Changed in
@@ -401,11 +428,15 @@ def load_adapters(model: nn.Module, path: str | Path) -> None:
     tensors, metadata = _load(path, "adapters")
     state = _trained_state(model)
     try:
-        cards = json.loads(metadata.get("layers", ""))
+        cards, bases = json.loads(metadata.get("layers", "")), json.loads(metadata.get("bases", "{}"))
     except (ValueError, RecursionError):
-        cards = None
+        cards, bases = None, {}
     if not isinstance(cards, dict):
         raise ValueError(f"path: got {path} without cards of its layers, wanted a file of save_adapters()")
     refuse(path, [*card_mismatches(cards, layer_cards(model)), *mismatches(tensors, state)])
     old = {name: t.detach().clone() for name, t in state.items()}
     load_all(path, [(partial(load_plain, model, strict=False), tensors, old)])  # a layer may act on what it loads
+    if other := _other_bases(bases, base_samples(model)):
+        what = "load_adapters: %d of %d adapted weights are not those of the base beside which %s was saved (%s)"
+        advice = "; if that is not meant, load that base first, then adapt it"
+        log.warning(what + advice, len(other), len(bases), path, capped(other))

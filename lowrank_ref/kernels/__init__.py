@@ -13,6 +13,8 @@ import torch
 
 #: Whether kernels run in Triton's interpreter, on the CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+#: The least scale of BitNet's quantisers, and what its norm adds under the root.
+EPS = 1e-5
 
 
 @functools.cache

@@ -30,12 +30,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowrank_ref.kernels import INTERPRETED, launch_options, runs_on
+from lowrank_ref.kernels import EPS, INTERPRETED, launch_options, runs_on
 
 PTX = tl.constexpr(not INTERPRETED)
 #: Rows of x from which a 16-bit product unpacks the weights once for cuBLAS.
 UNPACK_FROM = 1024
-EPS = 1e-5
 
 # The same three steps for four bytes in one register.
 _NEXT = tl.constexpr("shr.b32 $0, $1, 2;")

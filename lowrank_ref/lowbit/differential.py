@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_ref.core.checks import check_integer
-from lowrank_ref.lowbit.ternary import EPS
+from lowrank_ref.kernels import EPS
 
 
 def lambda_init(depth: int) -> float:

@@ -43,9 +43,8 @@ from torch.nn import functional as F
 from lowrank_ref.core.checks import check_activations, check_integer, check_loaded, check_matrix, check_wide
 from lowrank_ref.core.io import load_tensors, mismatches, refuse
 from lowrank_ref.core.layers import Model, WeightLayer, dense, replace_modules, weight_of
+from lowrank_ref.kernels import EPS
 from lowrank_ref.lowbit import fast
-
-EPS = 1e-5
 
 
 def absmean(W: Float[Tensor, "m n"]) -> Float[Tensor, ""]:

@@ -13,7 +13,8 @@ from battery import LAYERS, WEIGHT_LAYERS, seeded
 from safetensors.torch import load_file
 from torch import nn
 
-from lowrank_ref.adapters import LoRAConv2d, LoRAEmbedding, LoRALinear
+from lowrank_ref.adapters import LoRAConv2d, LoRAEmbedding, LoRALinear, load_peft, save_peft
+from lowrank_ref.core.groups import optimizer_groups
 from lowrank_ref.core.io import load_adapters, save_adapters
 from lowrank_ref.core.layers import (
     adapters,
@@ -179,6 +180,30 @@ def test_save_pretrained_warns_of_layers_that_from_pretrained_cannot_build(name,
         with disabled(model):
             model.save_pretrained(tmp_path)
         merge_adapters(model).save_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("part", [lambda m: m.bert, lambda m: m.bert.encoder, lambda m: m.bert.encoder.layer[0]])
+def test_a_model_warns_of_surgery_on_a_part_of_it(part, tmp_path):
+    model = bert()
+    replace_linears(part(model), r"query$", BitLinear)
+    for save in (model.save_pretrained, partial(type(model).save_pretrained, model)):
+        with pytest.warns(UserWarning, match="the model holds 1 BitLinear, which") as seen:
+            save(tmp_path)
+        assert len(seen) == 1
+    bert().save_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_class_that_calls_its_parent_warns_once(tmp_path):
+    class Own(transformers.BertModel):
+        def save_pretrained(self, *args, **options):
+            super().save_pretrained(*args, **options)
+
+    model = replace_linears(Own(bert().config), r"query$", BitLinear)
+    with pytest.warns(UserWarning, match="the model holds 1 BitLinear") as seen:
+        model.save_pretrained(tmp_path)
+    assert len(seen) == 1
 
 
 def test_a_guarded_model_is_copied_and_pickled(tmp_path):
@@ -483,6 +508,21 @@ def test_mistake_6_the_rate_of_full_fine_tuning(kind, caplog):
     assert "adapters want about ten times as much" in caplog.text
 
 
+@pytest.mark.parametrize("name, spared", [("SoRALinear", "g"), ("RandLoRALinear", "gamma"), ("LoRASBLinear", "R")])
+def test_weight_decay_of_what_must_not_shrink_is_noticed(name, spared, caplog):
+    def step(**options):
+        model = replace_linears(classifier(), ["query"], partial(LAYERS[name], rank=2, generator=seeded()))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = optimizer_groups(model, 1e-3, 0.1) if options.pop("groups", False) else trained
+        model(input_ids=TOKENS).logits.sum().backward()
+        torch.optim.AdamW(groups, lr=1e-3, **options).step()
+        return [r.getMessage() for r in caplog.records if "weight decay" in r.getMessage()]
+
+    assert not step(groups=True) and not step(weight_decay=0.0)
+    (message,) = step(weight_decay=0.1)
+    assert f"weight decay 0.1 falls on {spared} of {name}" in message and "take optimizer_groups(model" in message
+
+
 def test_mistake_7_a_merge_forgotten(tmp_path):
     model = adapt(classifier(), ["query"])
     with pytest.warns(UserWarning, match=r"save_adapters or save_peft.*merge_adapters"):
@@ -515,6 +555,37 @@ def test_mistake_9_another_base(tmp_path):
     )
     with pytest.raises(ValueError, match="load the base first, then adapt it"):
         logits(model)
+
+
+@pytest.mark.parametrize("kind", ["LoRALinear", "DoRALinear", "SoRALinear"])
+def test_mistake_9_another_base_of_the_same_size_is_told(kind, caplog, tmp_path):
+    """Another seed, as another fine-tuning of one architecture; not a cast, and not the same base once more."""
+    make = lambda base: replace_linears(base, ["query", "key"], partial(LAYERS[kind], rank=2, generator=seeded()))  # noqa: E731
+    save_adapters(moved(make(classifier())), tmp_path / "x")
+    load_adapters(make(classifier()), tmp_path / "x")
+    load_adapters(make(classifier().to(torch.bfloat16)), tmp_path / "x")
+    assert "of the base beside which" not in caplog.text
+    other = classifier()
+    torch.manual_seed(1)
+    nn.init.normal_(other.bert.encoder.layer[0].attention.self.query.weight, std=0.4)
+    load_adapters(make(other), tmp_path / "x")
+    assert "1 of 2 adapted weights are not those of the base beside which" in caplog.text
+    assert "self.query); if that is not meant, load that base first" in caplog.text
+
+
+def test_mistake_9_a_folder_of_another_base_is_told(caplog, tmp_path):
+    model = moved(replace_linears(classifier(), ["query"], LORA))
+    for name, base in (("a", "hub/small-one"), ("b", None)):
+        save_peft(model, tmp_path / name, base_model=base)
+    for name, base in (("a", ""), ("b", "hub/other"), ("a", "/home/me/small-one")):
+        other = classifier()
+        other.config._name_or_path = base
+        load_peft(other, tmp_path / name)
+    assert "load_peft" not in caplog.text
+    other = classifier()
+    other.config._name_or_path = "hub/other"
+    load_peft(other, tmp_path / "a")
+    assert "made for the base 'hub/small-one', the model is 'hub/other'" in caplog.text
 
 
 def test_mistake_10_a_pattern_too_wide(caplog):
