@@ -140,8 +140,8 @@ def replace_linears(
     """Put a new layer in the place of every linear layer that `pattern` means, and set what trains.
 
     Adapters freeze the rest of the model, but for what `trainable` names; a second call with adapters freezes no more
-    than the layers that it adapts. With layers that are the weight themselves (SLTrain, ternary, Maestro) everything trains but the
-    bases of adapters: freeze afterwards what should not.
+    than the layers that it adapts. With layers that are the weight themselves (SLTrain, ternary, Maestro) everything
+    trains but the bases of adapters: freeze afterwards what should not.
 
     Takes `nn.Linear` and GPT-2's `Conv1D`. A layer that stands at two places is replaced by one new layer at both. A
     weight that is tied to another layer stays tied until the adapter is merged. Build the optimizer afterwards.
