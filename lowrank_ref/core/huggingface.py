@@ -80,9 +80,10 @@ def guard_saving(model: nn.Module) -> None:
 
     Classes get the warning, not this model: it may be a part of the one that is saved.
     """
-    kinds = [type(module) for module in model.modules()]
+    kinds: list[Any] = [type(module) for module in model.modules()]
     for kind in [*kinds, getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", nn.Module)]:
-        owner = next((owner for owner in kind.__mro__ if inspect.isfunction(vars(owner).get("save_pretrained"))), None)
+        owners = (owner for owner in kind.__mro__ if inspect.isfunction(vars(owner).get("save_pretrained")))
+        owner: Any = next(owners, None)
         if owner is not None and not hasattr(owner.save_pretrained, "warns"):
             owner.save_pretrained = _warning(owner.save_pretrained)
 
