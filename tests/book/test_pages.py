@@ -4,6 +4,7 @@ import re
 from urllib.parse import unquote
 
 import links
+from links import ROOT
 from reading import HTML, PAGES, each_chapter, each_page, needs_pages, soup, text
 
 from lowrank_ref.core.registry import papers
