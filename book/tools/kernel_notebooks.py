@@ -3,12 +3,15 @@
 python book/tools/kernel_notebooks.py                 into _build/notebooks
 python book/tools/kernel_notebooks.py --from FOLDER   from another copy of book/
 
-Code and outputs stay as they are. Citations become links to the papers, links to pages
-get their full address, boxes become quotations or folds, exercises become headings, and
-solutions are closed. What this tool does not know it refuses, so that no MyST is left.
+Code stays as it is, and so do outputs, but for explorers: their stored output is a
+picture, since JupyterLab strips what makes them move until the cell has run. Citations
+become links to the papers, links to pages get their full address, boxes become quotations
+or folds, exercises become headings, and solutions are closed. What this tool does not
+know it refuses, so that no MyST is left.
 """
 
 import argparse
+import base64
 import re
 import shutil
 import sys
@@ -25,6 +28,7 @@ import links
 from execute import write
 from links import ROOT
 from lowrank_ref.core.registry import papers
+from still import described, is_explorer, still
 
 OUT = ROOT / "_build" / "notebooks"
 
@@ -254,6 +258,11 @@ def fold(summary: str, body: str) -> str:
 def closed(cell: NotebookNode, solution: bool) -> NotebookNode:
     """The cell with what the page hides closed; code of a solution too."""
     cell = nbformat.from_dict(cell)
+    for output in cell.outputs:
+        html = output.get("data", {}).get("text/html", "")
+        if is_explorer(html):
+            output.data["image/png"] = base64.b64encode(still(html)).decode()
+            del output.data["text/html"]
     tags = cell.metadata.get("tags", [])
     hidden = {part for tag in tags for part in CLOSED.get(tag, ())}
     if solution:
@@ -270,6 +279,13 @@ def caption(cell: NotebookNode) -> str:
     shown = cell.metadata.get("mystnb", {})
     text = shown.get("figure", {}).get("caption", "")
     alt = shown.get("image", {}).get("alt", "")
+    for output in cell.outputs:
+        html = output.get("data", {}).get("text/html", "")
+        if is_explorer(html):
+            text, alt = (
+                "Run the cell above, and the sliders move the figure.",
+                described(html),
+            )
     about = fold("What the figure shows", alt) if alt else ""
     return "\n\n".join(filter(None, [f"*{text}*" if text else "", about]))
 
