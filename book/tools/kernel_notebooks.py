@@ -5,9 +5,9 @@ python book/tools/kernel_notebooks.py --from FOLDER   from another copy of book/
 
 Code stays as it is, and so do outputs, but for explorers: their stored output is a
 picture, since JupyterLab strips what makes them move until the cell has run. Citations
-become links to the papers, links to pages get their full address, boxes become quotations
-or folds, exercises become headings, and solutions are closed. What this tool does not
-know it refuses, so that no MyST is left.
+become links to the papers, links to pages get their full address, boxes become
+quotations or folds, exercises become headings, and solutions are closed. What this tool
+does not know it refuses, so that no MyST is left.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import links
 from execute import write
 from links import ROOT
 from lowrank_ref.core.registry import papers
-from still import described, is_explorer, still
+from still import PAGE, described, is_explorer, still
 
 OUT = ROOT / "_build" / "notebooks"
 
@@ -262,6 +262,9 @@ def closed(cell: NotebookNode, solution: bool) -> NotebookNode:
         html = output.get("data", {}).get("text/html", "")
         if is_explorer(html):
             output.data["image/png"] = base64.b64encode(still(html)).decode()
+            output.metadata["image/png"] = {
+                "width": PAGE
+            }  # drawn for screens of two dots a pixel
             del output.data["text/html"]
     tags = cell.metadata.get("tags", [])
     hidden = {part for tag in tags for part in CLOSED.get(tag, ())}

@@ -1,6 +1,6 @@
 """A picture of an explorer, for where its script does not run.
 
-JupyterLab shows saved outputs without styles, drawings and scripts until a cell has run.
+JupyterLab shows a saved output without styles, drawings and scripts until it has run.
 """
 
 import re
@@ -13,6 +13,7 @@ import resvg_py
 from bs4 import BeautifulSoup, Tag
 
 WIDTH, LINE, MARGIN = 560, 20, 12
+PAGE = WIDTH + 3 * MARGIN  # of the picture, in pixels of a page
 LETTERS = 78  # that fit into a line of text
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 FACE = "DejaVu Sans"
@@ -64,7 +65,7 @@ def still(html: str) -> bytes:
     for line in (numbers, ["The sliders stand at " + ", ".join(sliders)]):
         more, y = text(line, y + LINE // 3)
         parts += more
-    svg = HEAD.format(WIDTH + 3 * MARGIN, y + MARGIN) + "".join(parts) + "</svg>"
+    svg = HEAD.format(PAGE, y + MARGIN) + "".join(parts) + "</svg>"
     return bytes(
         resvg_py.svg_to_bytes(
             svg_string=svg,
