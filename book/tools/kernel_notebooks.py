@@ -262,9 +262,7 @@ def closed(cell: NotebookNode, solution: bool) -> NotebookNode:
         html = output.get("data", {}).get("text/html", "")
         if is_explorer(html):
             output.data["image/png"] = base64.b64encode(still(html)).decode()
-            output.metadata["image/png"] = {
-                "width": PAGE
-            }  # drawn for screens of two dots a pixel
+            output.metadata["image/png"] = {"width": PAGE}  # it has twice as many dots
             del output.data["text/html"]
     tags = cell.metadata.get("tags", [])
     hidden = {part for tag in tags for part in CLOSED.get(tag, ())}
@@ -285,10 +283,8 @@ def caption(cell: NotebookNode) -> str:
     for output in cell.outputs:
         html = output.get("data", {}).get("text/html", "")
         if is_explorer(html):
-            text, alt = (
-                "Run the cell above, and the sliders move the figure.",
-                described(html),
-            )
+            text = "Run the cell above, and the sliders move the figure."
+            alt = described(html)
     about = fold("What the figure shows", alt) if alt else ""
     return "\n\n".join(filter(None, [f"*{text}*" if text else "", about]))
 
