@@ -61,4 +61,10 @@ def test_a_figure_stands_still_before_its_cell_runs_and_moves_after(lab, browser
     slide = "input => { input.value = 0; input.dispatchEvent(new Event('input', {bubbles: true})); }"
     figure.locator("input").first.evaluate(slide)
     assert figure.locator("[data-frame]").inner_html() != before
+    numbers = [box.bounding_box() for box in figure.locator("dt, dd").all()]
+    for name, value in zip(numbers[::2], numbers[1::2]):  # beside or below each other, never on one another
+        assert value["x"] >= name["x"] + name["width"] - 1 or value["y"] >= name["y"] + name["height"] - 1
+    slider = figure.locator("input").first
+    slider.press("ArrowRight")  # moves the slider, and no cell is left for another
+    assert slider.evaluate("input => input === document.activeElement && +input.value") == 1
     page.close()
