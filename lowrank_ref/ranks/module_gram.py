@@ -1,7 +1,7 @@
 r"""The Gram matrices behind DiffoRA's theory: of a wide ReLU layer, and of what each adapter adds at the start.
 
 The paper argues with a wide network of one hidden layer: gradient descent is the faster, and generalises the better,
-the larger the smallest eigenvalue of a Gram matrix (bounds of Du et al. 2019 and Arora et al. 2019, quoted from memory).
+the larger the smallest eigenvalue of a Gram matrix (bounds of Du et al. 2019, Arora et al. 2019, quoted from memory).
 A Gram matrix of several modules is a sum of positive semidefinite ones, so taking a module away cannot raise that
 eigenvalue (Weyl); dividing by the number of modules, or spending the same numbers on fewer modules, can.
 """
