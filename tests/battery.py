@@ -25,7 +25,7 @@ from lowrank_ref.core.registry import papers
 from lowrank_ref.lowbit import BitLinear, GateSchedule, HGFLinear
 from lowrank_ref.lowbit.ternary import PackedLinear
 from lowrank_ref.pretraining import SLTrainLinear
-from lowrank_ref.ranks import ProximalGates, SoRALinear, SparsifyingSchedule, gate_groups
+from lowrank_ref.ranks import DiffoRALinear, ModuleSearch, ProximalGates, SoRALinear, SparsifyingSchedule, gate_groups
 from lowrank_ref.robustness import GradientProjection
 
 #: The base layer of all cases: m outputs, n inputs.
@@ -47,6 +47,7 @@ LAYERS |= {"LoRAXSLinear": LoRAXSLinear, "LoRASBLinear": lora_sb}
 #: Name -> numbers it trains on an (m, n) layer, by the formula of its docstring.
 COUNTS = {
     "LoRALinear": lambda m, n: 8 * (m + n),
+    "DiffoRALinear": lambda m, n: 8 * (m + n) + 1,
     "DoRALinear": lambda m, n: 8 * (m + n) + m,
     "PiSSALinear": lambda m, n: 8 * (m + n),
     "MPSLinear": lambda m, n: 8 * m + 8 * 3 * 4 + 4 * 4,  # n = 12 = 3·4
@@ -153,6 +154,13 @@ def _schedule():
     return model, steps, [proximal, SparsifyingSchedule(proximal, [0.1, 0.5, 0.9], first=2, later=2)]
 
 
+def _search():
+    """The steps of the gates see other rows than those of the factors."""
+    model = replace_linears(network(), "", partial(DiffoRALinear, rank=4, generator=seeded()))
+    steps = torch.optim.Adam(model.parameters(), lr=0.2)
+    return model, steps, [ModuleSearch(model, loss, lambda i: (batch(50 + i),), lr=0.1, warmup=1)]
+
+
 def _momentum(model, make):
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), [make(model)]
 
@@ -161,6 +169,7 @@ def _momentum(model, make):
 ACTIONS = {
     "ProximalGates": _sora,
     "SparsifyingSchedule": _schedule,
+    "ModuleSearch": _search,
     "RankSampler": lambda: _momentum(decompose(network()), partial(RankSampler, generator=seeded())),
     "JointRankSampler": lambda: _momentum(decompose(network()), partial(JointRankSampler, generator=seeded())),
     "RankShrinker": lambda: _momentum(decompose(network()), partial(RankShrinker, threshold=0.5, every=3)),

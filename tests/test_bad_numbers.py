@@ -73,6 +73,10 @@ CALLS = {
     ("optimizers", "GaLoreSGD"): optimizer(optimizers.GaLoreSGD),
     ("pretraining", "SLTrainLinear"): lambda **k: pretraining.SLTrainLinear(4, 4, rank=2, **k),
     ("ranks", "ProximalGates"): lambda **k: ranks.ProximalGates(gated(), torch.optim.SGD(weights(), 0.1), **k),
+    ("ranks", "DiffoRALinear"): lambda **k: ranks.DiffoRALinear(nn.Linear(4, 4), 2, **k),
+    ("ranks", "ModuleSearch"): lambda **k: ranks.ModuleSearch(
+        nn.Sequential(ranks.DiffoRALinear(nn.Linear(4, 4), 2)), lambda *_: torch.ones(()), lambda i: (), **k
+    ),
     ("ranks", "SoRALinear"): lambda **k: ranks.SoRALinear(nn.Linear(4, 4), 2, **k),
     ("ranks", "gate_groups"): lambda **k: ranks.gate_groups(gated(), **k),
     ("ranks", "soft_threshold"): lambda **k: ranks.soft_threshold(torch.ones(3), **k),

@@ -2,26 +2,42 @@
 
 Papers:
 
-    sora           gates between LoRA's two matrices fall to exact zeros
+    sora              gates between LoRA's two matrices fall to exact zeros
+    diffora           one gate a module says where LoRA goes
 
 Companions:
 
-    sora_schedule  the schedule that raises SoRA's penalty level by level
-    svd_pruning    the baseline: train one rank, then drop the smallest singular values
+    sora_schedule     the schedule that raises SoRA's penalty level by level
+    module_search     DiffoRA's search: gates on one part of the data, factors on the other
+    module_selection  which modules fit a budget, and the model that keeps them
+    module_gram       the Gram matrices of DiffoRA's theory
+    svd_pruning       the baseline: train one rank, then drop the smallest singular values
 """
 
+from lowrank_ref.ranks.diffora import DiffoRALinear, couple_logits, module_logits, top_modules
+from lowrank_ref.ranks.module_search import ModuleSearch
+from lowrank_ref.ranks.module_selection import adaptation_matrix, keep_modules, modules_within, update_norms
 from lowrank_ref.ranks.sora import ProximalGates, SoRALinear, gate_groups, kept_ranks, prune, soft_threshold
 from lowrank_ref.ranks.sora_schedule import SparsifyingSchedule, threshold_levels
 from lowrank_ref.ranks.svd_pruning import prune_by_svd
 
 __all__ = [
+    "DiffoRALinear",
+    "ModuleSearch",
     "ProximalGates",
     "SoRALinear",
     "SparsifyingSchedule",
+    "adaptation_matrix",
+    "couple_logits",
     "gate_groups",
+    "keep_modules",
     "kept_ranks",
+    "module_logits",
+    "modules_within",
     "prune",
     "prune_by_svd",
     "soft_threshold",
     "threshold_levels",
+    "top_modules",
+    "update_norms",
 ]
