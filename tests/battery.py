@@ -25,7 +25,16 @@ from lowrank_ref.core.registry import papers
 from lowrank_ref.lowbit import BitLinear, GateSchedule, HGFLinear
 from lowrank_ref.lowbit.ternary import PackedLinear
 from lowrank_ref.pretraining import SLTrainLinear
-from lowrank_ref.ranks import DiffoRALinear, ModuleSearch, ProximalGates, SoRALinear, SparsifyingSchedule, gate_groups
+from lowrank_ref.ranks import (
+    DiffoRALinear,
+    ModuleSearch,
+    ProximalGates,
+    RankSelection,
+    SoRALinear,
+    SparsifyingSchedule,
+    gate_groups,
+    start_task,
+)
 from lowrank_ref.robustness import GradientProjection
 
 #: The base layer of all cases: m outputs, n inputs.
@@ -53,6 +62,7 @@ COUNTS = {
     "MPSLinear": lambda m, n: 8 * m + 8 * 3 * 4 + 4 * 4,  # n = 12 = 3·4
     "NOLALinear": lambda m, n: 64 + 64,
     "RandLoRALinear": lambda m, n: -(-min(m, n) // 8) * (8 + min(m, n)),
+    "CoDyRALinear": lambda m, n: 8 * (m + n + 1),
     "SoRALinear": lambda m, n: 8 * (m + n + 1),
     "SVFitLinear": lambda m, n: min(m, n),
     "SingularCoreLinear": lambda m, n: min(m, n) ** 2,
@@ -161,6 +171,12 @@ def _search():
     return model, steps, [ModuleSearch(model, loss, lambda i: (batch(50 + i),), lr=0.1, warmup=1)]
 
 
+def _codyra():
+    model = start_task(network(), "", 4, generator=seeded())
+    steps = torch.optim.Adam(gate_groups(model), lr=0.2)
+    return model, steps, [RankSelection(model, steps, steps=6, shrink=0.9, levels=2, dense=0.3)]
+
+
 def _momentum(model, make):
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), [make(model)]
 
@@ -170,6 +186,7 @@ ACTIONS = {
     "ProximalGates": _sora,
     "SparsifyingSchedule": _schedule,
     "ModuleSearch": _search,
+    "RankSelection": _codyra,
     "RankSampler": lambda: _momentum(decompose(network()), partial(RankSampler, generator=seeded())),
     "JointRankSampler": lambda: _momentum(decompose(network()), partial(JointRankSampler, generator=seeded())),
     "RankShrinker": lambda: _momentum(decompose(network()), partial(RankShrinker, threshold=0.5, every=3)),

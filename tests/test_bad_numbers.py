@@ -72,6 +72,7 @@ CALLS = {
     ("optimizers", "GaLoreAdamW8bit"): optimizer(optimizers.GaLoreAdamW8bit),
     ("optimizers", "GaLoreSGD"): optimizer(optimizers.GaLoreSGD),
     ("pretraining", "SLTrainLinear"): lambda **k: pretraining.SLTrainLinear(4, 4, rank=2, **k),
+    ("ranks", "CoDyRALinear"): lambda **k: ranks.CoDyRALinear(nn.Linear(4, 4), 2, **k),
     ("ranks", "ProximalGates"): lambda **k: ranks.ProximalGates(gated(), torch.optim.SGD(weights(), 0.1), **k),
     ("ranks", "DiffoRALinear"): lambda **k: ranks.DiffoRALinear(nn.Linear(4, 4), 2, **k),
     ("ranks", "ModuleSearch"): lambda **k: ranks.ModuleSearch(

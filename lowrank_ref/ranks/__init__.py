@@ -4,6 +4,7 @@ Papers:
 
     sora              gates between LoRA's two matrices fall to exact zeros
     diffora           one gate a module says where LoRA goes
+    codyra            tasks in sequence: such gates choose each task's rank, and its update is merged
 
 Companions:
 
@@ -12,23 +13,31 @@ Companions:
     module_selection  which modules fit a budget, and the model that keeps them
     module_gram       the Gram matrices of DiffoRA's theory
     svd_pruning       the baseline: train one rank, then drop the smallest singular values
+    task_sequence     CoDyRA's cycle of tasks, and the Last, Average, Transfer and Forgetting of a sequence
 """
 
+from lowrank_ref.ranks.codyra import CoDyRALinear, RankSelection
 from lowrank_ref.ranks.diffora import DiffoRALinear, couple_logits, module_logits, top_modules
 from lowrank_ref.ranks.module_search import ModuleSearch
 from lowrank_ref.ranks.module_selection import adaptation_matrix, keep_modules, modules_within, update_norms
 from lowrank_ref.ranks.sora import ProximalGates, SoRALinear, gate_groups, kept_ranks, prune, soft_threshold
 from lowrank_ref.ranks.sora_schedule import SparsifyingSchedule, threshold_levels
 from lowrank_ref.ranks.svd_pruning import prune_by_svd
+from lowrank_ref.ranks.task_sequence import MergedUpdate, TaskScores, finish_task, start_task, task_scores
 
 __all__ = [
+    "CoDyRALinear",
     "DiffoRALinear",
+    "MergedUpdate",
     "ModuleSearch",
     "ProximalGates",
+    "RankSelection",
     "SoRALinear",
     "SparsifyingSchedule",
+    "TaskScores",
     "adaptation_matrix",
     "couple_logits",
+    "finish_task",
     "gate_groups",
     "keep_modules",
     "kept_ranks",
@@ -37,6 +46,8 @@ __all__ = [
     "prune",
     "prune_by_svd",
     "soft_threshold",
+    "start_task",
+    "task_scores",
     "threshold_levels",
     "top_modules",
     "update_norms",
