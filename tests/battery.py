@@ -25,7 +25,15 @@ from lowrank_ref.core.registry import papers
 from lowrank_ref.lowbit import BitLinear, GateSchedule, HGFLinear
 from lowrank_ref.lowbit.ternary import PackedLinear
 from lowrank_ref.pretraining import SLTrainLinear
-from lowrank_ref.ranks import ProximalGates, SoRALinear, SparsifyingSchedule, gate_groups
+from lowrank_ref.ranks import (
+    IncreLoRALinear,
+    ProximalGates,
+    RankGrowth,
+    SoRALinear,
+    SparsifyingSchedule,
+    gate_groups,
+    growth_groups,
+)
 from lowrank_ref.robustness import GradientProjection
 
 #: The base layer of all cases: m outputs, n inputs.
@@ -46,6 +54,7 @@ LAYERS |= {"DoRALinear": DoRALinear, "PiSSALinear": PiSSALinear, "SingularCoreLi
 LAYERS |= {"LoRAXSLinear": LoRAXSLinear, "LoRASBLinear": lora_sb}
 #: Name -> numbers it trains on an (m, n) layer, by the formula of its docstring.
 COUNTS = {
+    "IncreLoRALinear": lambda m, n: m + n + 1 + m + n,  # one component and the vectors of the reserve
     "LoRALinear": lambda m, n: 8 * (m + n),
     "DoRALinear": lambda m, n: 8 * (m + n) + m,
     "PiSSALinear": lambda m, n: 8 * (m + n),
@@ -60,6 +69,7 @@ COUNTS = {
 }
 #: Adapters that do not start at the base model, each with the reason.
 STARTS_ELSEWHERE = {
+    "IncreLoRALinear": "λ of its reserve is 1e-5",
     "LoRAXSLinear": "its core is drawn, with a deviation of 1e-5",
     "LoRASBLinear": "its start is one step of full fine-tuning, truncated",
 }
@@ -153,6 +163,12 @@ def _schedule():
     return model, steps, [proximal, SparsifyingSchedule(proximal, [0.1, 0.5, 0.9], first=2, later=2)]
 
 
+def _growth():
+    model = replace_linears(network(), "", partial(IncreLoRALinear, capacity=4, generator=seeded()))
+    steps = torch.optim.Adam(growth_groups(model), lr=0.1)
+    return model, steps, [RankGrowth(model, steps, budget=5, every=2, warmup=1)]
+
+
 def _momentum(model, make):
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), [make(model)]
 
@@ -161,6 +177,7 @@ def _momentum(model, make):
 ACTIONS = {
     "ProximalGates": _sora,
     "SparsifyingSchedule": _schedule,
+    "RankGrowth": _growth,
     "RankSampler": lambda: _momentum(decompose(network()), partial(RankSampler, generator=seeded())),
     "JointRankSampler": lambda: _momentum(decompose(network()), partial(JointRankSampler, generator=seeded())),
     "RankShrinker": lambda: _momentum(decompose(network()), partial(RankShrinker, threshold=0.5, every=3)),
