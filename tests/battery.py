@@ -27,12 +27,15 @@ from lowrank_ref.lowbit.ternary import PackedLinear
 from lowrank_ref.pretraining import SLTrainLinear
 from lowrank_ref.ranks import (
     DiffoRALinear,
+    IncreLoRALinear,
     ModuleSearch,
     ProximalGates,
+    RankGrowth,
     RankSelection,
     SoRALinear,
     SparsifyingSchedule,
     gate_groups,
+    growth_groups,
     start_task,
 )
 from lowrank_ref.robustness import GradientProjection
@@ -55,6 +58,7 @@ LAYERS |= {"DoRALinear": DoRALinear, "PiSSALinear": PiSSALinear, "SingularCoreLi
 LAYERS |= {"LoRAXSLinear": LoRAXSLinear, "LoRASBLinear": lora_sb}
 #: Name -> numbers it trains on an (m, n) layer, by the formula of its docstring.
 COUNTS = {
+    "IncreLoRALinear": lambda m, n: m + n + 1 + m + n,  # one component and the vectors of the reserve
     "LoRALinear": lambda m, n: 8 * (m + n),
     "DiffoRALinear": lambda m, n: 8 * (m + n) + 1,
     "DoRALinear": lambda m, n: 8 * (m + n) + m,
@@ -71,6 +75,7 @@ COUNTS = {
 }
 #: Adapters that do not start at the base model, each with the reason.
 STARTS_ELSEWHERE = {
+    "IncreLoRALinear": "λ of its reserve is 1e-5",
     "LoRAXSLinear": "its core is drawn, with a deviation of 1e-5",
     "LoRASBLinear": "its start is one step of full fine-tuning, truncated",
 }
@@ -177,6 +182,12 @@ def _codyra():
     return model, steps, [RankSelection(model, steps, steps=6, shrink=0.9, levels=2, dense=0.3)]
 
 
+def _growth():
+    model = replace_linears(network(), "", partial(IncreLoRALinear, capacity=4, generator=seeded()))
+    steps = torch.optim.Adam(growth_groups(model), lr=0.1)
+    return model, steps, [RankGrowth(model, steps, budget=5, every=2, warmup=1)]
+
+
 def _momentum(model, make):
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), [make(model)]
 
@@ -187,6 +198,7 @@ ACTIONS = {
     "SparsifyingSchedule": _schedule,
     "ModuleSearch": _search,
     "RankSelection": _codyra,
+    "RankGrowth": _growth,
     "RankSampler": lambda: _momentum(decompose(network()), partial(RankSampler, generator=seeded())),
     "JointRankSampler": lambda: _momentum(decompose(network()), partial(JointRankSampler, generator=seeded())),
     "RankShrinker": lambda: _momentum(decompose(network()), partial(RankShrinker, threshold=0.5, every=3)),

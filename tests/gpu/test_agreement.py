@@ -137,7 +137,9 @@ def test_layers_agree(name, dtype, device):
         torch.testing.assert_close(got[key], value, rtol=0, atol=atol, msg=lambda m, key=key: f"{name}, {key}: {m}")
 
 
-@pytest.mark.parametrize("name", ["MPSLinear", "LoRALinear", "RandLoRALinear", "SoRALinear", "DoRALinear"])
+@pytest.mark.parametrize(
+    "name", ["MPSLinear", "LoRALinear", "RandLoRALinear", "SoRALinear", "IncreLoRALinear", "DoRALinear"]
+)
 def test_generators_of_both_devices_are_accepted(name, device, generators):
     base = wide(torch.float32)
     on_device = copy.deepcopy(base).to(device)
