@@ -70,6 +70,7 @@ COUNTS = {
     "SoRALinear": lambda m, n: 8 * (m + n + 1),
     "SVFitLinear": lambda m, n: min(m, n),
     "SingularCoreLinear": lambda m, n: min(m, n) ** 2,
+    "LoLDULinear": lambda m, n: min(m, n),
     "LoRAXSLinear": lambda m, n: 8 * 8,
     "LoRASBLinear": lambda m, n: 8 * 8,
 }
@@ -80,7 +81,7 @@ STARTS_ELSEWHERE = {
     "LoRASBLinear": "its start is one step of full fine-tuning, truncated",
 }
 #: Adapters without randomness: the generator changes nothing.
-NOT_RANDOM = {"PiSSALinear", "SVFitLinear", "SingularCoreLinear"}
+NOT_RANDOM = {"LoLDULinear", "PiSSALinear", "SVFitLinear", "SingularCoreLinear"}
 #: Name -> layer(base, generator=...) of those that are the weight themselves.
 WEIGHT_LAYERS = {
     "SLTrainLinear": partial(SLTrainLinear.from_linear, rank=4, density=0.2),

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from lowrank_ref.adapters import (
     DoRALinear,
+    LoLDULinear,
     LoRALinear,
     LoRAXSLinear,
     NOLALinear,
@@ -74,6 +75,7 @@ CASES = {
     "DoRA": (lambda: with_layer(partial(DoRALinear, rank=4, generator=seeded(1))), adam),
     "PiSSA": (lambda: with_layer(partial(PiSSALinear, rank=4)), adam),
     "SVFit": (lambda: with_layer(SVFitLinear), adam),
+    "LoLDU": (lambda: with_layer(partial(LoLDULinear, trains="both")), adam),
     "LoRA-XS": (lambda: with_layer(partial(LoRAXSLinear, rank=4, generator=seeded(1))), adam),
     "LoRA-SB": (lambda: with_layer(partial(lora_sb, rank=4, generator=seeded(1))), adam),
     "SoRA": (lambda: with_layer(partial(SoRALinear, rank=4, generator=seeded(1))), adam),
