@@ -2,28 +2,28 @@
 
 Papers:
 
-    lora            W stays, a low-rank correction s·B·A is trained beside it
-    svfit           the singular values of W trained, its singular vectors frozen
-    randlora        a full-rank update out of frozen random bases and trained diagonals
-    nola            LoRA's factors as mixtures of random matrices: a seed and some coefficients
-    lora_squeeze    train at a generous rank, cut by an SVD of the thin factors, at the end or on the way
-    lora_sb         a trained r x r core between frozen frames, taken from the first gradient
+    lora              W stays, a low-rank correction s·B·A is trained beside it
+    svfit             the singular values of W trained, its singular vectors frozen
+    randlora          a full-rank update out of frozen random bases and trained diagonals
+    nola              LoRA's factors as mixtures of random matrices: a seed and some coefficients
+    lora_sb           a trained r x r core between frozen frames, taken from the first gradient
+    lora_squeeze      train at a generous rank, cut by an SVD of the thin factors, at the end or on the way
 
 Companions:
 
-    dora_pissa      two relatives of LoRA that chapters use as baselines
-    embedding_conv  LoRA on embeddings and convolutions
-    gradient_start  LoRA-SB's gradient pass, and the start of a whole model
-    nola_bases      NOLA's random matrices, drawn block by block
-    nola_bits       NOLA's coefficients in a few bits
-    nola_file       NOLA's smallest file
-    peft_format     exchange with huggingface/peft's folders
-    randlora_bases  RandLoRA's frozen random matrices
-    singular_core   SVFit with an r × r matrix in place of its r values: a control
-    singular_pairs  which singular vectors SVFit trains, and its controls
-    squeeze_targets which layers LoRA-Squeeze cuts, to which ranks, also in PEFT's words
+    dora_pissa        two relatives of LoRA that chapters use as baselines
+    embedding_conv    LoRA on embeddings and convolutions
+    gradient_start    LoRA-SB's gradient pass, and the start of a whole model
+    nola_bases        NOLA's random matrices, drawn block by block
+    nola_bits         NOLA's coefficients in a few bits
+    nola_file         NOLA's smallest file
+    peft_format       exchange with huggingface/peft's folders
+    randlora_bases    RandLoRA's frozen random matrices
+    singular_core     SVFit with an r × r matrix in place of its r values: a control
+    singular_pairs    which singular vectors SVFit trains, and its controls
+    squeeze_targets   which layers LoRA-Squeeze cuts, to which ranks, also in PEFT's words
     squeeze_training  LoRA-Squeeze while a model trains, and its control that only restarts Adam
-    svd_frames      LoRA-XS: frames from the pretrained weight, and random ones
+    svd_frames        LoRA-XS: frames from the pretrained weight, and random ones
 """
 
 from lowrank_ref.adapters.dora_pissa import DoRALinear, PiSSALinear

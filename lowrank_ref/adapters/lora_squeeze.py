@@ -67,7 +67,7 @@ def split_factors(
     if split == "left":
         return Vh.clone(), U * torch.where(dead, 0.0, S / scale)
     root = (S / scale).sqrt()
-    return torch.where(dead, 3**-0.5, root)[:, None] * Vh, U * torch.where(dead, 0.0, root)
+    return torch.where(dead, torch.full_like(S, 3**-0.5), root)[:, None] * Vh, U * torch.where(dead, 0.0, root)
 
 
 def squeezed_factors(

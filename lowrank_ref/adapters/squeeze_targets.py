@@ -51,7 +51,8 @@ def target_ranks(model: nn.Module, rank: Ranks) -> dict[str, int]:
         if idle or not rank:
             got = f"{capped(idle)}, which names no layer" if idle else "no pattern"
             raise ValueError(f"rank: got {got}, wanted expressions for the ends of some of {capped(layers)}")
-        wanted = {path: k for path in layers if (k := pattern_rank(rank, path)) is not None}
+        named = {path: pattern_rank(rank, path) for path in layers}
+        wanted = {path: k for path, k in named.items() if k is not None}
     return {path: min(k, lora_parts(layers[path])[0].shape[0]) for path, k in wanted.items()}
 
 
