@@ -16,7 +16,16 @@ from torch import nn
 from torch.nn import functional as F
 
 import lowrank_ref
-from lowrank_ref.adapters import DoRALinear, LoRASBLinear, LoRAXSLinear, PiSSALinear, SingularCoreLinear
+from lowrank_ref.adapters import (
+    DoRALinear,
+    LoRALinear,
+    LoRASBLinear,
+    LoRASqueezer,
+    LoRAXSLinear,
+    MomentRestart,
+    PiSSALinear,
+    SingularCoreLinear,
+)
 from lowrank_ref.adapters.lora_sb import first_step, update_approximation
 from lowrank_ref.compression import JointRankSampler, MaestroLinear, RankSampler, RankShrinker, decompose
 from lowrank_ref.core.actions import Action
@@ -193,6 +202,12 @@ def _momentum(model, make):
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), [make(model)]
 
 
+def _lora(make):
+    model = replace_linears(network(), "", partial(LoRALinear, rank=4, generator=seeded()))
+    steps = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    return model, steps, [make(model, steps)]
+
+
 #: Name of an action -> its case: a model, its optimizer, and the actions in the order in which they attach.
 ACTIONS = {
     "ProximalGates": _sora,
@@ -207,6 +222,10 @@ ACTIONS = {
         replace_linears(network(), "0", partial(HGFLinear, rank=3, generator=seeded()), trainable="2"),
         partial(GateSchedule, warmup=2, freeze=5),
     ),
+    "LoRASqueezer": lambda: _lora(
+        lambda model, steps: LoRASqueezer(model, steps, {2: 3, 5: {"2": 1}}, moments="carry", scale=1.5)
+    ),
+    "MomentRestart": lambda: _lora(lambda model, steps: MomentRestart(steps, [2, 5])),
     "GradientProjection": lambda: _momentum(
         Twins(network()), lambda both: GradientProjection(both.model, both.twin, every=2)
     ),
