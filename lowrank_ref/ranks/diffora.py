@@ -185,7 +185,7 @@ def search_layers(model: nn.Module) -> dict[str, DiffoRALinear]:
 
 def module_logits(model: nn.Module) -> dict[str, float]:
     """Return path -> θ of every module that is searched; a model without one raises a ValueError."""
-    return {path: float(layer.logit) for path, layer in search_layers(model).items()}
+    return {path: layer.logit.item() for path, layer in search_layers(model).items()}
 
 
 def couple_logits(model: nn.Module, *, groups: Mapping[str, Hashable] | None = None) -> None:
