@@ -46,7 +46,7 @@ def measure(base: GPT, name: str, x: torch.Tensor, device: str) -> dict[str, Any
 
     search = ModuleSearch(model, loss, lambda i: (x.flip(0),), warmup=0) if "search" in name else None
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=1e-4, fused=device == "cuda")
+    optimizer = torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=device == "cuda")
     if search is not None:
         search.attach(optimizer)
 
