@@ -1,6 +1,6 @@
 r"""DiffoRA: a yes or no for each module says where LoRA goes; it is learned as a gate that training can move.
 
-Jiang et al., "Enabling Parameter-Efficient Fine-Tuning via Differential Module Selection", arXiv 2502.08905v2.
+Jiang et al., "DiffoRA: Enabling Parameter-Efficient Fine-Tuning via Differential Module Selection", 2502.08905v2.
 
 | in the paper                                   | here                                                      |
 |------------------------------------------------|-----------------------------------------------------------|
@@ -185,7 +185,7 @@ def search_layers(model: nn.Module) -> dict[str, DiffoRALinear]:
 
 def module_logits(model: nn.Module) -> dict[str, float]:
     """Return path -> θ of every module that is searched; a model without one raises a ValueError."""
-    return {path: float(layer.logit) for path, layer in search_layers(model).items()}
+    return {path: layer.logit.item() for path, layer in search_layers(model).items()}
 
 
 def couple_logits(model: nn.Module, *, groups: Mapping[str, Hashable] | None = None) -> None:
@@ -212,7 +212,7 @@ PAPER = PaperInfo(
     key="diffora",
     part="ranks",
     name="DiffoRA",
-    title="Enabling Parameter-Efficient Fine-Tuning via Differential Module Selection",
+    title="DiffoRA: Enabling Parameter-Efficient Fine-Tuning via Differential Module Selection",
     authors=("Tangyu Jiang", "Haodi Wang", "Chun Yuan"),
     arxiv="2502.08905v2",
     summary="Ask which modules should have an adapter at all, and let a gate for each module learn the answer.",
