@@ -61,6 +61,10 @@ SWEEPS = {
         *("sora_scale", "verses", "test_loss"),
         *("SoRA λ=0.3", "LoRA r=8", "sentence encoder"),
     ),
+    "codyra": (
+        *("codyra_small", "regressions", "valid last"),
+        *("CoDyRA, shrink 0.65", "LoRA r=16", "small network, four tasks"),
+    ),
     "galore": (
         *("galore_scale", "pretraining", "valid"),
         *("GaLore", "Adam", "GPT from scratch"),

@@ -191,7 +191,7 @@ class RankSelection(ProximalGates):
         (200, 0)
     """
 
-    state_names = ("done",)
+    state_names = ("done",)  # type: ignore[assignment]
 
     def __init__(
         self,
