@@ -81,7 +81,7 @@ def trained_layers(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
     Raises:
         TypeError: no optimizer of PyTorch.
-        ValueError: another kind of adapter, a factor that is sharded or that the optimizer does not train.
+        ValueError: another kind of adapter, a factor that is sharded, has hooks, or is not trained by the optimizer.
     """
     huggingface.refuse_wrapped(model)
     layers = squeezable(model)
@@ -91,8 +91,9 @@ def trained_layers(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
             raise ValueError(f"model: got {type(layer).__name__} at {path!r}, wanted LoRALinear only")
         if any(id(p) not in held for p in layer.adapter_parameters().values()):
             raise ValueError(f"optimizer: got no factors of {path!r}, wanted all of the model")
-        if any(hasattr(p, "placements") for p in layer.adapter_parameters().values()):
-            raise ValueError(f"model: got sharded factors at {path!r}, wanted them whole")
+        for p in layer.adapter_parameters().values():
+            if hasattr(p, "placements") or getattr(p, "_post_accumulate_grad_hooks", None) or p._backward_hooks:
+                raise ValueError(f"model: got sharded factors or hooks on them at {path!r}, wanted plain parameters")
     return layers  # type: ignore[return-value]
 
 
@@ -111,18 +112,20 @@ def lora_of(layer: AdaptedLinear, A: Tensor, B: Tensor, scale: float) -> LoRALin
 
 
 def set_factors(layer: LoRALinear, A: Tensor, B: Tensor, scale: float) -> None:
-    """Write factors of any rank into a layer; its parameters stay the same objects, and lose their gradients."""
-    for p, value in ((layer.A, A), (layer.B, B)):
-        p.grad = None
-        p.data = value.detach().clone(memory_format=torch.contiguous_format)
+    """Give a layer new parameters, of any rank: a graph that is still alive keeps the shapes of the old ones."""
+    old, parts = (layer.A, layer.B), (A.detach(), B.detach())
+    new = [t.clone(memory_format=torch.contiguous_format) for t in parts]
+    layer.A, layer.B = (nn.Parameter(t, requires_grad=p.requires_grad) for t, p in zip(new, old))
     layer.rank, layer.scale = len(A), float(scale)
 
 
 def take_rank(layer: LoRALinear, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Give a layer the rank of the factors that it is about to load: a hook of `load_state_dict`."""
+    """Give the parameters of a layer the shape of the factors that it is about to load: a hook of `load_state_dict`."""
     A, B = state.get(f"{prefix}A"), state.get(f"{prefix}B")
     if not isinstance(A, Tensor) or not isinstance(B, Tensor) or A.ndim != 2:
         return
     (m, n), k = (layer.out_features, layer.in_features), len(A)
     if k != len(layer.A) and A.shape == (k, n) and B.shape == (m, k) and 1 <= k <= min(m, n):
-        set_factors(layer, layer.A.new_zeros(k, n), layer.B.new_zeros(m, k), layer.scale)
+        for p, shape in ((layer.A, (k, n)), (layer.B, (m, k))):
+            p.grad, p.data = None, p.data.new_zeros(shape)
+        layer.rank = k

@@ -71,10 +71,10 @@ def rewarmed(schedule: Callable[[int], float], times: Iterable[int], warmup: int
 class LoRASqueezer(Action):
     """Lowers the rank of LoRA layers at given steps of a training run (In-Squeeze).
 
-    The parameters stay the same objects and become smaller, so the optimizer keeps them; gradients are dropped. An
-    optimizer that copies or flattens its parameters cannot follow, nor can DDP or FSDP, which keep their shapes: wrap
-    anew after each squeeze. `torch.compile` compiles once more. The layers can load factors of another rank from now
-    on: a run resumes when model, optimizer and action, built as at the start, load their states in this order.
+    A squeezed layer has new parameters, and the optimizer gets them in the places of the old: ask the model for its
+    parameters afterwards, a list from before is stale. DDP and FSDP cannot follow: wrap anew after each squeeze.
+    `torch.compile` compiles once more. The layers can load factors of another rank from now on: a run resumes when
+    model, optimizer and action, built as at the start, load their states in this order.
 
     Args:
         model: holds `LoRALinear` layers and no other adapters.
@@ -91,8 +91,8 @@ class LoRASqueezer(Action):
 
     Raises:
         TypeError, ValueError: an argument out of range, an empty plan, a pattern that names no layer, a factor that the
-            optimizer does not train or that is sharded, "carry" without `torch.optim.Adam` or `AdamW`, or other
-            adapters.
+            optimizer does not train, or that is sharded or has hooks, "carry" without `torch.optim.Adam` or `AdamW`, or
+            other adapters.
 
     Example:
         >>> import torch
@@ -145,17 +145,22 @@ class LoRASqueezer(Action):
             A_new, B_new, S = squeezed_factors(A, B, s, k, new_scale=s_new, split=self.split)
             new[path] = (A, B, s), (A_new.to(A.dtype), B_new.to(B.dtype), s_new)
             kept[path] = float(retained_energy(S)[k - 1])
-        for path, (old, (A, B, s)) in new.items():  # all are computed before the first is put in place
-            layer = self.layers[path]
-            states = [self.optimizer.state.pop(p, {}) for p in (layer.A, layer.B)]
+        swapped: dict[nn.Parameter, nn.Parameter] = {}
+        for path, (old, parts) in new.items():  # all are computed before the first is put in place
+            before = tuple(self.layers[path].adapter_parameters().values())
+            set_factors(self.layers[path], *parts)
+            after = tuple(self.layers[path].adapter_parameters().values())
+            swapped.update(zip(before, after))
+            states = [self.optimizer.state.pop(p, {}) for p in before]
             if self.moments == "carry" and all(states):
                 for key, power in MOMENTS.items():
                     if key in states[0]:
-                        pair = carried_moments(old, (A, B, s), (states[0][key], states[1][key]), power)
+                        pair = carried_moments(old, parts, (states[0][key], states[1][key]), power)
                         for state, value in zip(states, pair):
                             state[key] = value.contiguous()
-                self.optimizer.state.update(zip((layer.A, layer.B), states))
-            set_factors(layer, A, B, s)
+                self.optimizer.state.update(zip(after, states))
+        for group in self.optimizer.param_groups:
+            group["params"][:] = [swapped.get(p, p) for p in group["params"]]
         self.kept[self.steps] = kept
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lowrank_ref.adapters import (
     save_peft,
 )
 from lowrank_ref.adapters.lora_squeeze import carried_moments, squeezed_factors
-from lowrank_ref.adapters.squeeze_targets import lora_parts, set_factors, target_ranks
+from lowrank_ref.adapters.squeeze_targets import lora_parts, target_ranks
 from lowrank_ref.core.layers import adapters, replace_linears
 from lowrank_ref.ranks import SoRALinear
 
@@ -37,9 +37,8 @@ def update(model):
     return torch.cat([layer.delta_weight().detach().flatten() for _, layer in adapters(model)])
 
 
-def test_it_squeezes_at_its_steps_and_the_parameters_stay_the_same_objects():
+def test_it_squeezes_at_its_steps_and_the_optimizer_keeps_its_order():
     model, optimizer = lora()
-    parameters = [id(p) for p in model.parameters()]
     squeezer = LoRASqueezer(model, optimizer, {2: 3, 4: {"2": 1}}).attach(optimizer)
     ranks, before = [], None
     for step in range(6):
@@ -47,7 +46,8 @@ def test_it_squeezes_at_its_steps_and_the_parameters_stay_the_same_objects():
         train(model, optimizer, [step])
         ranks.append([layer.rank for _, layer in adapters(model)])
     assert ranks == [[4, 4], [3, 3], [3, 3], [3, 1], [3, 1], [3, 1]] and before
-    assert [id(p) for p in model.parameters()] == parameters
+    held = optimizer.param_groups[0]["params"]
+    assert [id(p) for p in held] == [id(p) for p in model.parameters() if p.requires_grad]
     assert squeezer.kept.keys() == {2, 4} and squeezer.kept[4].keys() == {"2"}
     assert all(0 < v <= 1 for kept in squeezer.kept.values() for v in kept.values())
     assert all(p.shape == optimizer.state[p]["exp_avg"].shape for p in optimizer.param_groups[0]["params"])
@@ -123,7 +123,7 @@ def test_gradient_descent_sees_a_squeeze_to_its_own_rank_only_through_the_balanc
             A, B, _ = squeezed_factors(layer.A.detach(), gaussian(*layer.B.shape, seed=4) / 3, layer.scale, 4)
             M = torch.eye(4).double() + 0.3 * gaussian(4, 4, seed=3)
             M = torch.linalg.qr(M).Q if gauge == "orthogonal" else M
-            set_factors(layer, torch.linalg.solve(M, A), B @ M, layer.scale)
+            layer.A.data, layer.B.data = torch.linalg.solve(M, A), B @ M
         if squeezes:
             LoRASqueezer(model, optimizer, {1: 4}).step()
         train(model, optimizer, [0])
@@ -170,6 +170,18 @@ def test_a_state_of_other_ranks_is_refused():
     with pytest.raises(ValueError, match="load the model's state first"):
         fresh.load_state_dict(squeezer.state_dict())
     assert fresh.steps == 0
+
+
+def test_a_graph_that_is_still_alive_does_no_harm():
+    """Who keeps `loss` keeps the node that collects its gradients, with the old shape in it."""
+    model, optimizer = lora()
+    LoRASqueezer(model, optimizer, {2: 1}).attach(optimizer)
+    for step in range(4):
+        optimizer.zero_grad()
+        value = loss(model, batch(step))
+        value.backward()
+        optimizer.step()
+    assert value.grad_fn is not None and model[0].rank == 1
 
 
 def test_it_compiles_before_and_after():
@@ -261,6 +273,10 @@ def test_models_and_optimizers_that_do_not_fit_are_named(no_shape_checks):
         LoRASqueezer(model, torch.optim.Adam([nn.Parameter(torch.ones(1))]), {1: 2})
     with pytest.raises(ValueError, match="moments: got 'carry' with SGD"):
         LoRASqueezer(*lora(make=torch.optim.SGD), {1: 2}, moments="carry")
+    hooked, steps = lora()
+    hooked[2].B.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match="hooks on them at '2'"):
+        LoRASqueezer(hooked, steps, {1: 2})
     with pytest.raises(TypeError, match="optimizer: got str"):
         LoRASqueezer(model, "adam", {1: 2})
     for make in (SoRALinear, DoRALinear):
