@@ -25,7 +25,15 @@ from lowrank_ref.core.registry import papers
 from lowrank_ref.lowbit import BitLinear, GateSchedule, HGFLinear
 from lowrank_ref.lowbit.ternary import PackedLinear
 from lowrank_ref.pretraining import SLTrainLinear
-from lowrank_ref.ranks import ProximalGates, SoRALinear, SparsifyingSchedule, gate_groups
+from lowrank_ref.ranks import (
+    BayesianLoRALinear,
+    GateSampler,
+    ProximalGates,
+    SoRALinear,
+    SparsifyingSchedule,
+    gate_groups,
+    logit_groups,
+)
 from lowrank_ref.robustness import GradientProjection
 
 #: The base layer of all cases: m outputs, n inputs.
@@ -53,6 +61,7 @@ COUNTS = {
     "NOLALinear": lambda m, n: 64 + 64,
     "RandLoRALinear": lambda m, n: -(-min(m, n) // 8) * (8 + min(m, n)),
     "SoRALinear": lambda m, n: 8 * (m + n + 1),
+    "BayesianLoRALinear": lambda m, n: 8 * (m + n + 1) + 7 + 3 * 3,
     "SVFitLinear": lambda m, n: min(m, n),
     "SingularCoreLinear": lambda m, n: min(m, n) ** 2,
     "LoRAXSLinear": lambda m, n: 8 * 8,
@@ -153,6 +162,13 @@ def _schedule():
     return model, steps, [proximal, SparsifyingSchedule(proximal, [0.1, 0.5, 0.9], first=2, later=2)]
 
 
+def _bayesian():
+    make = partial(BayesianLoRALinear, rank=4, gate=0.0, generator=seeded())
+    model = replace_linears(network(), "", make)
+    steps = torch.optim.Adam(logit_groups(model, 0.1, ratio=2.0))
+    return model, steps, [GateSampler(model, generator=seeded(1))]
+
+
 def _momentum(model, make):
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), [make(model)]
 
@@ -161,6 +177,7 @@ def _momentum(model, make):
 ACTIONS = {
     "ProximalGates": _sora,
     "SparsifyingSchedule": _schedule,
+    "GateSampler": _bayesian,
     "RankSampler": lambda: _momentum(decompose(network()), partial(RankSampler, generator=seeded())),
     "JointRankSampler": lambda: _momentum(decompose(network()), partial(JointRankSampler, generator=seeded())),
     "RankShrinker": lambda: _momentum(decompose(network()), partial(RankShrinker, threshold=0.5, every=3)),
