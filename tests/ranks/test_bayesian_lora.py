@@ -1,6 +1,5 @@
-"""Bayesian-LoRA: the quantiser, gates and penalties against loops, the invariants in float64, and what they cost."""
+"""Bayesian-LoRA: gates and penalties against loops, the layer and its invariants in float64, bad input."""
 
-import copy
 import itertools
 import math
 from functools import partial
@@ -12,10 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lowrank_ref.adapters import LoRALinear, load_peft, save_peft
-from lowrank_ref.core.groups import optimizer_groups
-from lowrank_ref.core.layers import adapters, replace_linears
-from lowrank_ref.ranks import prune_by_svd
+from lowrank_ref.core.layers import replace_linears
 from lowrank_ref.ranks.bayesian_lora import (
     BayesianLoRALinear,
     bernoulli_kl,
@@ -28,16 +24,8 @@ from lowrank_ref.ranks.bayesian_lora import (
 )
 from lowrank_ref.ranks.bit_gates import (
     GateSampler,
-    bit_cost,
-    bit_operations,
-    chain_divergence,
-    gated_layers,
-    logit_groups,
-    operations,
-    prune_to_lora,
-    stored_bits,
 )
-from lowrank_ref.ranks.residual_bits import INSIDE, codes_of, residual_quantize, step_sizes
+from lowrank_ref.ranks.residual_bits import INSIDE, residual_quantize
 
 ONE = torch.tensor(1.0, dtype=torch.float64)
 
@@ -73,17 +61,6 @@ def set_logits(layer, ranks=None, bits=None):
     return layer
 
 
-# The quantiser.
-
-
-def test_step_sizes_are_those_of_each_grid():
-    got = step_sizes(torch.tensor(1.7, dtype=torch.float64), 4)
-    assert_close(got, float64(*(2 * 1.7 / (2.0**b - 1) for b in (2, 4, 8, 16, 32))), 1e-16)
-    for b, (coarse, fine) in zip((2, 4, 8, 16), itertools.pairwise(got)):
-        assert coarse / fine == pytest.approx(2**b + 1, rel=1e-14)
-    assert torch.equal(step_sizes(0 * ONE, 2), step_sizes(ONE, 2))  # a tensor of zeros divides by something
-
-
 def by_hand(x, beta, gates):
     """One number, gate after gate."""
     x = min(max(x, -beta * INSIDE), beta * INSIDE)
@@ -96,58 +73,6 @@ def by_hand(x, beta, gates):
     for z, part in list(zip(gates, parts[1:]))[::-1]:
         inner = z * (part + inner)
     return parts[0] + inner
-
-
-@given(st.lists(st.floats(-2, 2), min_size=1, max_size=5), st.floats(0.1, 3), st.lists(st.floats(0, 1), max_size=4))
-def test_residual_quantize_by_a_loop(values, beta, gates):
-    got = residual_quantize(float64(*values), float64(beta)[0], torch.tensor(gates, dtype=torch.float64))
-    assert_close(got, float64(*(by_hand(v, beta, gates) for v in values)), 1e-12)
-
-
-@pytest.mark.parametrize("opened", [0, 1, 2, 3])
-def test_open_gates_round_directly(opened):
-    x = gaussian(1000)
-    limit, bits = x.abs().max(), 2 ** (opened + 1)
-    gates = float64(*([1.0] * opened + [0.0] * (3 - opened)))
-    step = step_sizes(limit, 3)[opened]
-    got, codes = residual_quantize(x, limit, gates), codes_of(x, limit, step)
-    assert_close(got, codes * step, 1e-15 * float(limit) * 4)
-    assert codes.abs().max() <= 2 ** (bits - 1) - 1
-    assert ((x - got).abs() <= step / 2 + 1e-7 * limit + 1e-15).all()
-    assert_close(residual_quantize(-x, limit, gates), -got, 0)
-
-
-def test_two_bits_are_three_levels():
-    x = torch.linspace(-1, 1, 101, dtype=torch.float64)
-    got = residual_quantize(x, ONE, torch.zeros(3, dtype=torch.float64))
-    assert_close(got.unique(), float64(-2 / 3, 0, 2 / 3), 1e-15)
-
-
-def test_golden_values_of_the_quantiser():
-    x, wanted = (
-        float64(0.9, -0.37),
-        ((0.666667, -0.666667), (0.933333, -0.4), (0.901961, -0.368627), (0.900008, -0.370001)),
-    )
-    for opened, values in enumerate(wanted):
-        assert_close(codes_of(x, ONE, step := step_sizes(ONE, 3)[opened]) * step, float64(*values), 5e-7)
-
-
-def test_gradients_pass_rounding_and_reach_gates():
-    x, z = gaussian(7).requires_grad_(), float64(0.3, 0.8, 0.5).requires_grad_()
-    limit = x.detach().abs().max()
-    g = gaussian(7, seed=2)
-    residual_quantize(x, limit, z).backward(g)
-    assert torch.equal(x.grad, g)
-    for k in range(3):
-        shift = torch.zeros(3, dtype=torch.float64)
-        shift[k] = 1e-6
-        up, down = (residual_quantize(x.detach(), limit, z.detach() + sign * shift) for sign in (1, -1))
-        assert_close(z.grad[k], ((up - down) / 2e-6 * g).sum(), 1e-8)
-
-
-def test_a_tensor_of_zeros_stays_one():
-    x = torch.zeros(4, dtype=torch.float64)
-    assert torch.equal(residual_quantize(x, x.abs().max(), torch.ones(3, dtype=torch.float64)), x)
 
 
 # Gates.
@@ -247,28 +172,6 @@ def test_the_derivative_of_the_penalty():
         assert_close(phi.grad[b], wanted.detach())
 
 
-def test_cost_of_a_model_by_a_loop():
-    model = net(rank=3, gate=0.4)
-    set_logits(model[0], (1.0, -0.3))
-    q = lambda phi: 1 / (1 + math.exp(-(phi + 2 / 3 * math.log(11))))  # noqa: E731
-    for weighting, cumulative in itertools.product(("const", "bop"), (True, False)):
-        total = 0.0
-        for layer, ranks in ((model[0], (1.0, -0.3)), (model[2], (0.4, 0.4))):
-            n, m = layer.in_features, layer.out_features
-            first, second = q(ranks[0]), q(ranks[1]) * (q(ranks[0]) if cumulative else 1.0)
-            for size, share in ((3 * n, 1.0), (3 * m, 1.0), (3, (first + second) / 2)):
-                weights = [b * size / 18 if weighting == "bop" else 1.0 for b in (2, 4, 8, 16)]
-                total += share * sum(w * q(0.4) ** k for k, w in enumerate(weights))
-        assert float(bit_cost(model, weighting=weighting, cumulative=cumulative)) == pytest.approx(total, abs=1e-9)
-    two = net(rank=2, gate=-0.7)
-    assert torch.equal(bit_cost(two), bit_cost(two, cumulative=False))
-    wanted = 2 * sum(
-        float(chain_kl(open_probability(torch.full((k,), -0.7, dtype=torch.float64)), 0.5)) for k in (1, 3, 3, 3)
-    )
-    assert float(chain_divergence(two, 0.5).detach()) == pytest.approx(wanted, abs=1e-9)
-    assert math.isfinite(float(bit_cost(net(rank=1))))
-
-
 # The layer.
 
 
@@ -337,23 +240,6 @@ def test_drawn_gates_act_in_training_mode_only():
     assert_close(layer.quantized()[0], residual_quantize(layer.A, layer.A.detach().abs().max(), z), 0)
 
 
-def test_draws_come_from_the_generator_in_a_stated_order():
-    model, twin, other = net(), net(), net()
-    for m, seed in ((model, 1), (twin, 1), (other, 2)):
-        GateSampler(m, generator=seeded(seed))
-    assert torch.equal(model[2].bit_noise, twin[2].bit_noise) and not torch.equal(
-        model[2].bit_noise, other[2].bit_noise
-    )
-    g = seeded(1)
-    for layer in (model[0], model[2]):
-        for noise in (layer.rank_noise, layer.bit_noise):
-            u = torch.rand(noise.shape, generator=g, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
-            assert_close(noise, u.log() - (1 - u).log(), 1e-9)
-    GateSampler(model, stochastic=False)
-    assert not model[0].bit_noise.any() and model[0].sampled
-    assert_close(model[0].quantized()[0], residual_quantize(model[0].A, model[0].A.abs().max(), float64(1, 1, 1)), 0)
-
-
 def test_a_fixed_range_stays():
     layer = layer_of(bits=4).eval()
     layer.limits.copy_(float64(2.0, 0.0, 0.0))
@@ -361,28 +247,6 @@ def test_a_fixed_range_stays():
     step = 4 / 15
     assert_close(A, (layer.A / step).round() * step)
     assert_close(layer.ranges(), torch.stack([2 * ONE, layer.B.abs().max(), layer.E.abs().max()]), 0)
-
-
-def trained(model, sampler, penalty, steps=150, rate=0.05):
-    optimizer = torch.optim.Adam(logit_groups(model, 0.01, ratio=rate / 0.01))
-    sampler.attach(optimizer)
-    teacher = gaussian(4, 5, seed=50)[:, :1] @ gaussian(1, 5, seed=51)
-    for step in range(steps):
-        x = gaussian(16, 5, seed=100 + step)
-        optimizer.zero_grad()
-        ((model(x) - x @ teacher.T).square().mean() + penalty * bit_cost(model)).backward()
-        optimizer.step()
-    return model.eval()
-
-
-def test_a_penalty_shuts_gates_and_none_keeps_them():
-    free, paid = net(gate=2.0), net(gate=2.0)
-    for model, penalty in ((free, 0.0), (paid, 3.0)):
-        trained(model, GateSampler(model, generator=seeded()), penalty)
-    sizes = [stored_bits(model) for model in (free, paid)]
-    assert sizes[1] < 0.5 * sizes[0]
-    ranks = [sum(layer.learned_rank for layer in gated_layers(model).values()) for model in (free, paid)]
-    assert ranks[1] < ranks[0], (ranks, sizes)
 
 
 @pytest.mark.parametrize(
@@ -431,104 +295,3 @@ def test_an_empty_batch_and_a_wrong_width():
     assert layer(torch.zeros(0, 5, dtype=torch.float64)).shape == (0, 6)
     with pytest.raises((RuntimeError, ValueError)):
         layer(gaussian(3, 4))
-
-
-def test_models_without_such_layers_are_refused():
-    plain = nn.Sequential(nn.Linear(4, 4))
-    grouped, divergence = partial(logit_groups, lr=0.1), partial(chain_divergence, penalty=1.0)
-    for use in (bit_cost, operations, stored_bits, GateSampler, grouped, divergence):
-        with pytest.raises(ValueError, match="without a BayesianLoRALinear"):
-            use(plain)
-    with pytest.raises(ValueError, match="matches nothing"):
-        prune_to_lora(plain)
-    model = net()
-    with pytest.raises(ValueError, match="weighting: got 'bits', wanted 'const' or 'bop'"):
-        bit_cost(model, weighting="bits")
-    for bad in (0, -1):
-        with pytest.raises(ValueError, match="ratio"):
-            logit_groups(model, 0.1, ratio=bad)
-        with pytest.raises(ValueError, match="base"):
-            operations(model, base=bad)
-        with pytest.raises(ValueError, match="activations"):
-            operations(model, activations=bad)
-
-
-def test_a_damaged_state_of_the_sampler_is_refused_and_changes_nothing():
-    model = net()
-    sampler, other = GateSampler(model, generator=seeded()), GateSampler(net(rank=2), generator=seeded())
-    before = copy.deepcopy(sampler.state_dict())
-    for state in (other.state_dict(), {"noise": before["noise"][:1], "generator": None}, {"noise": []}):
-        with pytest.raises(ValueError, match="state: got"):
-            sampler.load_state_dict(state)
-    assert all(torch.equal(a, b) for a, b in zip(before["noise"], sampler.state_dict()["noise"]))
-
-
-# What it costs, and what it becomes.
-
-
-def test_bit_operations_by_hand():
-    layer = set_logits(layer_of(8, 5, 4), (3.0, -3.0, 3.0))
-    set_logits(layer, bits=[[3.0, -3, 3], [3.0, 3, -3], [-3.0, 3, 3]])
-    assert layer.learned_rank == 2 and layer.learned_bits == {"A": 4, "B": 8, "E": 2}
-    model = nn.Sequential(layer)
-    got = operations(model, base=16, activations=8)
-    assert got["base"] == 40 * 16 * 8
-    assert got["adapter"] == 8 * (2 * 5 * 4 + 2 * 2 + 2 * 8 * 8)
-    assert got["full"] == 32 * 32 * (40 + 4 * (5 + 8) + 4)
-    assert operations(model, base=8, activations=8)["base"] * 2 == got["base"]  # half the bits of one, half the term
-    assert stored_bits(model) == 2 * (5 * 4 + 8 * 8 + 2) + 96
-    whole = nn.Sequential(layer_of(8, 5, 4, bits=32, gate=20.0))
-    parts = operations(whole)
-    assert parts["base"] + parts["adapter"] == parts["full"]
-    assert bit_operations([]) == 0
-
-
-def test_groups_of_the_optimizer():
-    model = net()
-    matrices, vectors, logits = logit_groups(model, 0.1, ratio=3.0, weight_decay=0.5)
-    assert (matrices["weight_decay"], vectors["weight_decay"], logits["weight_decay"]) == (0.5, 0.0, 0.0)
-    assert (matrices["lr"], vectors["lr"], logits["lr"]) == (0.1, 0.1, pytest.approx(0.3))
-    everything = [id(p) for g in (matrices, vectors, logits) for p in g["params"]]
-    assert sorted(everything) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    assert {id(p) for p in vectors["params"]} == {id(layer.E) for layer in gated_layers(model).values()}
-    decayed = {id(p) for p in optimizer_groups(model, 0.1, 0.5)[0]["params"]}
-    assert decayed == {id(p) for p in matrices["params"]}
-
-
-def test_pruned_to_lora_computes_the_same():
-    model, x = net(bits=8), gaussian(4, 5)
-    for layer in gated_layers(model).values():
-        with torch.no_grad():
-            layer.E.copy_(gaussian(3, seed=2))
-    set_logits(model[0], (3.0, -3.0))
-    GateSampler(model, generator=seeded())
-    y = model.eval()(x)
-    less = prune_to_lora(copy.deepcopy(model).train())
-    assert [type(layer) for _, layer in adapters(less)] == [LoRALinear] * 2 and [less[0].rank, less[2].rank] == [2, 3]
-    assert_close(less(x), y, 1e-11)
-    with pytest.raises(ValueError, match="matches nothing"):
-        prune_to_lora(less)
-    assert prune_by_svd(copy.deepcopy(model), 11)  # the baseline takes the layer too
-
-
-def test_it_opens_in_pefts_format(bert, tokens, tmp_path):
-    def logits(model):
-        with torch.no_grad():
-            return model.eval()(tokens).logits
-
-    make = partial(BayesianLoRALinear, rank=4, bits=8, alpha=32, generator=seeded())
-    model = replace_linears(bert(), r"attention\.self\.(query|value)$", make)
-    with torch.no_grad():
-        for k, (_, layer) in enumerate(adapters(model)):
-            layer.E.copy_(gaussian(4, seed=k))
-            layer.rank_logits[min(k, 2)] = -3.0
-    wanted = logits(model)
-    assert (wanted - logits(bert())).abs().max() > 1e-2
-    save_peft(model, tmp_path / "direct")
-    save_peft(prune_to_lora(model), tmp_path / "lora")
-    for folder in ("direct", "lora"):
-        ours = load_peft(bert(), tmp_path / folder)
-        assert_close(logits(ours), wanted, 1e-5)
-        assert [layer.rank for _, layer in adapters(ours)] == [1, 2, 3, 3]
-    peft = pytest.importorskip("peft")
-    assert_close(logits(peft.PeftModel.from_pretrained(bert(), str(tmp_path / "lora"))), wanted, 1e-5)
