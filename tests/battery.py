@@ -35,7 +35,9 @@ from lowrank_ref.lowbit import BitLinear, GateSchedule, HGFLinear
 from lowrank_ref.lowbit.ternary import PackedLinear
 from lowrank_ref.pretraining import SLTrainLinear
 from lowrank_ref.ranks import (
+    BayesianLoRALinear,
     DiffoRALinear,
+    GateSampler,
     IncreLoRALinear,
     ModuleSearch,
     ProximalGates,
@@ -45,6 +47,7 @@ from lowrank_ref.ranks import (
     SparsifyingSchedule,
     gate_groups,
     growth_groups,
+    logit_groups,
     start_task,
 )
 from lowrank_ref.robustness import GradientProjection
@@ -77,6 +80,7 @@ COUNTS = {
     "RandLoRALinear": lambda m, n: -(-min(m, n) // 8) * (8 + min(m, n)),
     "CoDyRALinear": lambda m, n: 8 * (m + n + 1),
     "SoRALinear": lambda m, n: 8 * (m + n + 1),
+    "BayesianLoRALinear": lambda m, n: 8 * (m + n + 1) + 7 + 3 * 3,
     "SVFitLinear": lambda m, n: min(m, n),
     "SingularCoreLinear": lambda m, n: min(m, n) ** 2,
     "LoLDULinear": lambda m, n: min(m, n),
@@ -198,6 +202,13 @@ def _growth():
     return model, steps, [RankGrowth(model, steps, budget=5, every=2, warmup=1)]
 
 
+def _bayesian():
+    make = partial(BayesianLoRALinear, rank=4, gate=0.0, generator=seeded())
+    model = replace_linears(network(), "", make)
+    steps = torch.optim.Adam(logit_groups(model, 0.1, ratio=2.0))
+    return model, steps, [GateSampler(model, generator=seeded(1))]
+
+
 def _momentum(model, make):
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), [make(model)]
 
@@ -215,6 +226,7 @@ ACTIONS = {
     "ModuleSearch": _search,
     "RankSelection": _codyra,
     "RankGrowth": _growth,
+    "GateSampler": _bayesian,
     "RankSampler": lambda: _momentum(decompose(network()), partial(RankSampler, generator=seeded())),
     "JointRankSampler": lambda: _momentum(decompose(network()), partial(JointRankSampler, generator=seeded())),
     "RankShrinker": lambda: _momentum(decompose(network()), partial(RankShrinker, threshold=0.5, every=3)),
