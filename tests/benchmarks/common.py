@@ -22,6 +22,7 @@ from torch import nn
 
 from lowrank_ref.lab.results import code_digest
 
+START = time.monotonic()
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 
@@ -123,14 +124,14 @@ class Runs:
         part: its part.
         setting: what is the same in all rows, in words.
         packages: whose versions matter.
-        seconds: after so long no run is started; the script ends and says what it was about to do.
+        seconds: so long after the script's start no run is started; the script ends and says what it was about to do.
         extra: further entries of the part.
     """
 
     def __init__(
         self, path: Path, part: str, *, setting: str, packages: tuple[str, ...] = (), seconds: float, **extra: Any
     ):
-        self.path, self.part, self.end = path, part, time.monotonic() + seconds
+        self.path, self.part, self.end = path, part, START + seconds
         self.extra, self.today = {"setting": setting, **extra}, provenance(packages)
         stored = _read(path).get(part, {}).get("setting", setting)
         if stored != setting:
