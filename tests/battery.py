@@ -191,7 +191,7 @@ def _search():
 
 
 def _codyra():
-    model = start_task(network(), "", 4, generator=seeded())
+    model = start_task(network(), "", 4, gate="normal", generator=seeded())
     steps = torch.optim.Adam(gate_groups(model), lr=0.2)
     return model, steps, [RankSelection(model, steps, steps=6, shrink=0.9, levels=2, dense=0.3)]
 

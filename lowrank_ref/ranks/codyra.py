@@ -136,14 +136,14 @@ class CoDyRALinear(SoRALinear):
     Args:
         base: `nn.Linear` or GPT-2's `Conv1D`; frozen here, never written.
         rank: r, the most components that a task can keep. The released code takes 16.
-        gate: "normal" draws w ~ N(0, 1), as the released code; "ones" starts as LoRA. Else a ValueError.
+        gate: "ones" starts as LoRA; "normal" draws w ~ N(0, 1), as the released code. Else a ValueError.
         generator: source of A and w.
         dropout: as in `LoRALinear`, which also says what is refused.
 
     Example:
         >>> from torch import nn
         >>> from lowrank_ref.ranks import CoDyRALinear
-        >>> CoDyRALinear(nn.Linear(6, 4), rank=2, gate="ones").scale
+        >>> CoDyRALinear(nn.Linear(6, 4), rank=2).scale
         1.0
     """
 
@@ -152,7 +152,7 @@ class CoDyRALinear(SoRALinear):
         base: nn.Module,
         rank: int = 8,
         *,
-        gate: str = "normal",
+        gate: str = "ones",
         dropout: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -170,7 +170,7 @@ class RankSelection(ProximalGates):
         model: holds at least one layer with gates (`start_task`).
         optimizer: trains all its gates.
         steps: optimizer steps of the task.
-        shrink: sum of all thresholds, >= 0.
+        shrink: sum of all thresholds, >= 0; 0.65 in the released run, whose weights start as N(0, 1).
         levels, dense: of `threshold_ramp`.
         operator: `soft_threshold`, or SoRA's `released_threshold`, which is also the one of CoDyRA's released code.
 
@@ -199,7 +199,7 @@ class RankSelection(ProximalGates):
         optimizer: torch.optim.Optimizer,
         *,
         steps: int,
-        shrink: float = 0.65,
+        shrink: float = 0.4,
         levels: int = 50,
         dense: float = 0.5,
         operator: Callable[[Tensor, float], Tensor] = soft_threshold,
@@ -231,7 +231,10 @@ PAPER = PaperInfo(
     arxiv="2412.01004v1",
     summary="Learn tasks one after the other with merged LoRA updates whose gates fall to zeros, and forget less.",
     use_when="you learn tasks in sequence, may keep no old data, and the model must stay one plain network",
-    instead={"sora": "there is one task only: the gate is the same, and its threshold follows the learning rate"},
+    instead={
+        "sora": "there is one task only: the gate is the same, and its threshold follows the learning rate",
+        "lora": "a simpler means will do: LoRA, of whose update 0.7 was merged, kept as much of the old tasks here",
+    },
     needs=("sora",),
     official_code="Artificer-AI-Lab/CoDyRA",
     code_licence="Apache-2.0 by its README",

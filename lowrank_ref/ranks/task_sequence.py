@@ -45,7 +45,7 @@ def start_task(
     pattern: Pattern,
     rank: int = 8,
     *,
-    gate: str = "normal",
+    gate: str = "ones",
     trainable: Pattern | None = None,
     generator: torch.Generator | None = None,
 ) -> Model:

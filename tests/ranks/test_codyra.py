@@ -45,8 +45,8 @@ def net():
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
 
-def started(rank=4, seed=0, **options):
-    return start_task(net(), "", rank, generator=seeded(seed), **options)
+def started(rank=4, seed=0, gate="normal"):
+    return start_task(net(), "", rank, gate=gate, generator=seeded(seed))
 
 
 def train(model, optimizer, steps, selection=None, seed=0):
@@ -246,7 +246,7 @@ def test_three_tasks_leave_a_plain_network_and_the_sum_of_their_updates():
     total = {path: torch.zeros_like(base.get_submodule(path).weight) for path in ("0", "2")}
     ranks = dict.fromkeys(total, 0)
     for task in range(3):
-        start_task(model, "", 4, generator=seeded(task))
+        start_task(model, "", 4, gate="normal", generator=seeded(task))
         optimizer = torch.optim.Adam(gate_groups(model), lr=0.05)
         train(model, optimizer, 12, RankSelection(model, optimizer, steps=12, shrink=0.5, levels=4), seed=task)
         deltas, y = {path: layer.delta_weight().detach() for path, layer in adapters(model)}, model(x).detach()
