@@ -3,9 +3,9 @@
 Papers:
 
     sora              gates between LoRA's two matrices fall to exact zeros
+    increlora         every layer starts at rank 1, and the most important ones grow
     diffora           one gate a module says where LoRA goes
     codyra            tasks in sequence: such gates choose each task's rank, and its update is merged
-    increlora         every layer starts at rank 1, and the most important ones grow
     bayesian_lora     stochastic gates choose the rank of each update and the bits of each factor
 
 Companions:
