@@ -65,7 +65,7 @@ def orthogonality(A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], *, squared: 
     """Return the distances of AAᵀ and of BᵀB from the identity, added: Frobenius norms, or their squares as printed.
 
     Example:
-        >>> orthogonality(torch.eye(2), 2 * torch.eye(2), squared=True).item()
+        >>> round(orthogonality(torch.eye(2), 2 * torch.eye(2), squared=True).item(), 4)
         18.0
     """
     off = (M - torch.eye(len(A), dtype=A.dtype, device=A.device) for M in (A @ A.T, B.T @ B))

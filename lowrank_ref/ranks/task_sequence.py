@@ -34,7 +34,15 @@ from lowrank_ref.ranks.sora import SoRALinear, kept_ranks
 
 @dataclass(frozen=True)
 class MergedUpdate:
-    """What a task left in one layer: `rank`, its weights that are not 0, and `norm`, ‖ΔW‖_F."""
+    """What a task left in one layer: `rank`, its weights that are not 0, and `norm`, ‖ΔW‖_F.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_ref.ranks import finish_task, start_task
+        >>> model = start_task(torch.nn.Sequential(torch.nn.Linear(8, 4)), "", rank=2)
+        >>> finish_task(model)  # nothing was trained: B is 0
+        {'0': MergedUpdate(rank=2, norm=0.0)}
+    """
 
     rank: int
     norm: float
@@ -98,6 +106,12 @@ class TaskScores:
         average: all tasks, after each of them.
         transfer: each task before it is taught.
         forgetting: accuracy right after a task minus that at the end, of all tasks but the last.
+
+    Example:
+        >>> import torch
+        >>> from lowrank_ref.ranks import task_scores
+        >>> task_scores(torch.tensor([[0.75, 0.5], [0.5, 1.0]]))
+        TaskScores(last=0.75, average=0.6875, transfer=0.5, forgetting=0.25)
     """
 
     last: float
