@@ -43,7 +43,8 @@ class ModuleSearch(Action):
         model: holds at least one `DiffoRALinear`.
         loss_fn: called as `loss_fn(model, *batch(i))`, returns a scalar.
         batch: i = 0, 1, ... -> arguments of the loss, from data that A and B are not trained on.
-        lr: learning rate of θ, >= 0.
+        lr: learning rate of θ, >= 0. It should be well above that of A and B: gates that move later than these learn
+            nothing.
         warmup: steps of the optimizer before θ first moves, >= 0. While B = 0 the gradient of θ is 0, and just after
             it is tiny: Adam would divide by that.
 
@@ -72,7 +73,7 @@ class ModuleSearch(Action):
         loss_fn: Callable[..., Tensor],
         batch: Callable[[int], tuple[Any, ...]],
         *,
-        lr: float = 0.02,
+        lr: float = 0.1,
         warmup: int = 20,
     ) -> None:
         check_number("lr", lr, low=0)

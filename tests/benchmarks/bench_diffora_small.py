@@ -371,6 +371,7 @@ PLANTED = (
     "DiffoRA K=3, softmax",
     "DiffoRA K=3, by norm",
     "DiffoRA K=3, search beside",
+    "DiffoRA K=3, θ at 0.1",
     "DiffoRA K=3, smallest",
     "DiffoRA K=3, shared",
     "DiffoRA K=3, shared the other way",
@@ -389,6 +390,7 @@ UNEQUAL = ("DiffoRA K=3", "DiffoRA K=3, by norm", "random K=3", "uniform r=2", "
 DIGITS = (
     "DiffoRA K=1",
     "DiffoRA K=1, by norm",
+    "DiffoRA K=1, θ at 0.1",
     "DiffoRA K=2",
     *("modules 0", "modules 1", "modules 2", "modules 0 1", "modules 0 2", "modules 1 2"),
     "random K=1",
@@ -404,6 +406,7 @@ VIT = (
     "DiffoRA K=7",
     "DiffoRA K=14",
     "DiffoRA K=14, by norm",
+    "DiffoRA K=14, θ at 0.1",
     "DiffoRA K=14, smallest",
     "random K=7",
     "random K=14",
