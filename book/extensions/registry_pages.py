@@ -61,6 +61,10 @@ SWEEPS = {
         *("sora_scale", "verses", "test_loss"),
         *("SoRA λ=0.3", "LoRA r=8", "sentence encoder"),
     ),
+    "increlora": (
+        *("increlora_small", "planted", "valid"),
+        *("IncreLoRA", "LoRA r=3", "four planted layers"),
+    ),
     "galore": (
         *("galore_scale", "pretraining", "valid"),
         *("GaLore", "Adam", "GPT from scratch"),
