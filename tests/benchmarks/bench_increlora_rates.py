@@ -1,4 +1,4 @@
-"""Two more rates, one at each end, for the arms of IncreLoRA's ablation whose best one was the last that was tried (CPU).
+"""Two more rates, one at each end, for the arms of IncreLoRA's ablation: some were best at the last one tried (CPU).
 
 python tests/benchmarks/bench_increlora_rates.py --out book/results/increlora_small.json --device cpu
 """
