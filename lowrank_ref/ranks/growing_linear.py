@@ -45,8 +45,8 @@ class IncreLoRALinear(FactoredLinear):
     that train already. `delta_weight()`, merges and exports hold the reserve, as forward does, until `finish()`.
     A saved state carries the rank.
 
-    `score`, a function of ΔW and G = ∂L/∂ΔW, is None or what `RankGrowth` asks for; with it, a forward in training mode
-    builds ΔW, and backward notes the score. Inside a compiled model nothing is noted.
+    `score`, a function of ΔW and G = ∂L/∂ΔW, is None or what `RankGrowth` asks for; with it, a forward
+    with gradients builds ΔW, and its backward notes the score. Inside a compiled model nothing is noted.
 
     Args:
         base: `nn.Linear` or GPT-2's `Conv1D`; frozen here, never written.
@@ -158,18 +158,17 @@ class IncreLoRALinear(FactoredLinear):
         self._set_flags()
 
     def delta_weight(self) -> Float[Tensor, "m n"]:
-        """Return s·B·diag(λ)·A, the reserve included."""
-        return component_sum(*self.components(), self.scale)
+        """Return s·B·diag(λ)·A, the reserve included. A backward pass through it is scored."""
+        delta, score = component_sum(*self.components(), self.scale), self.score
+        if score is not None and self._notes() and delta.requires_grad:
+            held = delta.detach()
+            delta.register_hook(lambda G: self._noted.append(score(held, G)))
+        return delta
 
     def update(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return the update of dropout(x); while scores are taken through ΔW, else through the factors."""
-        x, score = self.dropout(x), self.score
-        if score is None or not self._notes():
-            return lora_update(x, *self.step_factors())
-        delta = self.delta_weight()
-        held = delta.detach()
-        delta.register_hook(lambda G: self._noted.append(score(held, G)))
-        return F.linear(x, delta)
+        x = self.dropout(x)
+        return F.linear(x, self.delta_weight()) if self._notes() else lora_update(x, *self.step_factors())
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """Return base(x) + x ΔWᵀ."""
@@ -212,9 +211,7 @@ class IncreLoRALinear(FactoredLinear):
             p.requires_grad_(id(p) in training)
 
     def _notes(self) -> bool:
-        return (
-            self.score is not None and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        )
+        return self.score is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _draw(W: Tensor, size: int, std: float, lam: float, generator: torch.Generator | None) -> tuple[Tensor, ...]:

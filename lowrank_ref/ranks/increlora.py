@@ -68,6 +68,7 @@ def orthogonality(A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], *, squared: 
         >>> round(orthogonality(torch.eye(2), 2 * torch.eye(2), squared=True).item(), 4)
         18.0
     """
+    """Return the distances of AAᵀ and of BᵀB from the identity, added: Frobenius norms, or their squares as printed."""
     off = (M - torch.eye(len(A), dtype=A.dtype, device=A.device) for M in (A @ A.T, B.T @ B))
     norms = [torch.linalg.matrix_norm(M) for M in off]
     return sum((norm.square() if squared else norm for norm in norms), A.new_zeros(()))
@@ -182,20 +183,24 @@ class RankGrowth(Action):
         return self.importance * self.spread
 
     def act(self) -> None:
-        """Note the scores of this step, and let layers grow if it is time."""
+        """Note the scores of this step, and let layers grow if it is time and one of them has a score.
+
+        RuntimeError: no backward pass has been noted by then, as in a compiled model.
+        """
         self.steps += 1
         seen = [layer.take_score() for layer in self.layers.values()]
         if self.finished:
             return
-        if any(S is not None for S in seen):
+        if passed := any(S is not None for S in seen):
             S = torch.stack([self.spread.new_zeros(()) if S is None else S.to(self.spread) for S in seen])
             self.importance, self.spread = smoothed(S, self.importance, self.spread, self.betas)
         if self.steps > self.warmup and self.steps % self.every == 0:
-            self._round()
+            if bool(self.importance.any()):
+                self._round()
+            elif not passed:
+                raise RuntimeError("act: got no score of any layer, wanted backward passes, uncompiled")
 
     def _round(self) -> None:
-        if not bool(self.importance.any()):
-            raise RuntimeError("act: got no score of any layer, wanted backward passes in training mode, uncompiled")
         layers, paths = list(self.layers.values()), list(self.layers)
         places = [i for i in largest(self.scores(), len(layers)) if layers[i].room]
         for i in places[: min(self.count, (self.budget - self.total) // layers[0].block)]:

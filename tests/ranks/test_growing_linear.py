@@ -212,6 +212,15 @@ def test_scores_are_means_over_passes_and_overflows_do_not_count():
     assert layer.take_score() is None
 
 
+def test_a_model_in_eval_mode_or_one_that_multiplies_with_the_weight_is_scored_as_well():
+    layer, x = growing().eval(), gaussian(4, 5)
+    layer.score = sensitivity
+    layer(x).sum().backward()
+    wanted = layer.take_score()
+    (x @ layer.weight.T + layer.bias).sum().backward()
+    assert_close(layer.take_score(), wanted)
+
+
 @pytest.mark.parametrize(
     "options, error, message",
     [

@@ -326,6 +326,16 @@ def test_a_round_without_scores_is_an_error_that_changes_nothing():
     assert grown_ranks(model) == {"0": 1, "2": 1, "4": 1}
 
 
+def test_a_round_where_every_score_is_zero_lets_nothing_grow():
+    """As of layers behind a head that starts at zero."""
+    model, optimizer, growth = made(every=1, warmup=0)
+    (0.0 * model(gaussian(4, 5)).sum()).backward()
+    growth.step()
+    assert growth.total == 3
+    take(model, optimizer, growth, range(4))
+    assert growth.total == 6
+
+
 def test_schedule_and_training_loop(tmp_path):
     """With the laboratory's loop, whose actions are the allocator and the schedule."""
     from lowrank_ref.lab.train import train
