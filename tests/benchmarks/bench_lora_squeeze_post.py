@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_lora_squeeze_post.py --out book/results/lora_squeeze_post.json
 
-What is cut after the last step is best trained at a lower rate than any of `bench_lora_squeeze_small.py`, whose network,
-task, and training these are.
+What is cut after the last step is best trained at a lower rate than those of `bench_lora_squeeze_small.py`; network,
+task and training are the same.
 """
 
 import re
