@@ -47,10 +47,9 @@ class Planted:
 
     setting = "planted ranks 0, 1, 1, 8 of width 32, 1,024 noisy rows; Adam, batches of 128"
     rank, steps, cuts = 12, 1200, (6, 8, 10, 12, 14, 16, 20, 24, 32, 48)
-    penalties, logit_rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.02, 0.05, 0.1)
+    penalties, logit_rates = (1e-3, 3e-3, 1e-2, 3e-2), (0.02, 0.05, 0.1)
     main = (3e-3, 0.05)
-    gated_rates = (0.005, 0.01, 0.02, 0.04)
-    rates, uniform, pulls, finishes = (0.0025, 0.005, 0.01, 0.02, 0.04), (2, 4, 6, 8), (0.2, 0.4, 0.8), (10, 14, 20)
+    rates, uniform, pulls, finishes = (0.00125, 0.0025, 0.005, 0.01, 0.02), (2, 4, 6, 8), (0.2, 0.4, 0.8), (10, 14, 20)
 
     def __init__(self, seed: int) -> None:
         self.task = planted_rank(seed)
@@ -71,7 +70,6 @@ class Digits:
     rank, steps, cuts = 8, 400, (2, 3, 4, 6, 8, 12, 16, 24)
     penalties, logit_rates = (3e-3, 1e-2, 3e-2, 1e-1), (0.05, 0.1)
     main = (1e-2, 0.05)
-    gated_rates = (0.005, 0.01, 0.02, 0.04)
     rates, uniform, pulls, finishes = (0.0025, 0.005, 0.01, 0.02, 0.04), (1, 2, 4), (0.2, 0.4, 0.8), (4, 8, 12)
 
     def __init__(self, seed: int) -> None:
@@ -367,8 +365,7 @@ def main() -> None:
         runs = Runs(args.out, part, setting=setting, packages=("scikit-learn",), seconds=args.seconds)
         for seed in SEEDS[:1] if args.tiny else SEEDS:
             for name, run in arms(bed).items():
-                grid = bed.gated_rates if "B-LoRA" in name or " bit " in name else bed.rates
-                for lr in grid[1:2] if args.tiny else grid:
+                for lr in bed.rates[2:3] if args.tiny else bed.rates:
                     if re.search(args.only, f"{name}, seed {seed}"):
                         key = {"method": name, "lr": lr, "seed": seed}
                         runs.row(key, partial(measured, bed, run, lr, seed, steps))
