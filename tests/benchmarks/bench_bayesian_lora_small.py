@@ -49,9 +49,9 @@ class Planted:
     setting = "planted ranks 0, 1, 1, 8 of width 32, 1,024 noisy rows; Adam, batches of 128"
     rank, steps, cuts = 12, 1200, (6, 8, 10, 12, 14, 16, 20, 24, 32, 48)
     penalties, uniform, finishes = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (4, 8), (10, 14)
-    widths, logit_rate, others, main = ((8, 16), (8, 8), (8, 4)), 0.05, (0.02, 0.1), 3e-3
+    widths, logit_rate, others, main = ((8, 8), (8, 4)), 0.05, (0.02, 0.1), 3e-3
     kinds = ("u = 1/2", "prior only", "separate ranks", "released start", "exact KL", "bop", "φ = 2")
-    unsampled = (3e-4, 1e-3)
+    unsampled = (1e-3,)
 
     def __init__(self, seed: int) -> None:
         self.task = planted_rank(seed)
@@ -335,18 +335,19 @@ class Plan:
 
 
 def arms(bed: type[Bed]) -> dict[str, Plan]:
-    """Arm -> its plan; arms of no claim have three seeds."""
-    fast, slow, middle = (0.01, 0.02, 0.04), (0.0025, 0.005, 0.01), (0.005, 0.01, 0.02)
+    """Arm -> its plan; arms of no claim have two seeds and three rates."""
+    fast, slow, middle = (0.01, 0.02, 0.04, 0.08), (0.0025, 0.005, 0.01, 0.02), (0.005, 0.01, 0.02, 0.04)
     if bed is Digits:
         slow = middle = fast
     found = {}
     for mu, rate in itertools.product(bed.penalties, (bed.logit_rate, *bed.others)):
-        seeds = 5 if rate == bed.logit_rate else 3
-        found[f"B-LoRA μ={mu:g} φ-rate {rate:g}"] = Plan(partial(gates, penalty=mu, rate=rate, kind=""), fast, seeds)
+        run, main = partial(gates, penalty=mu, rate=rate, kind=""), rate == bed.logit_rate
+        found[f"B-LoRA μ={mu:g} φ-rate {rate:g}"] = Plan(run, fast if main else fast[:3], 5 if main else 2)
     for kind, mu in [*((kind, bed.main) for kind in bed.kinds), *(("u = 1/2", mu) for mu in bed.unsampled)]:
         run = partial(gates, penalty=mu, rate=bed.logit_rate, kind=kind)
-        seeds = 3 if kind in ("exact KL", "bop", "φ = 2") else 5
-        found[f"B-LoRA μ={mu:g} φ-rate {bed.logit_rate:g}, {kind}"] = Plan(run, fast, seeds)
+        seeds = 2 if kind in ("exact KL", "bop", "φ = 2") else 5
+        rates = fast if kind == "u = 1/2" else fast[:3]
+        found[f"B-LoRA μ={mu:g} φ-rate {bed.logit_rate:g}, {kind}"] = Plan(run, rates, seeds)
     found |= {f"LoRA r={r}": Plan(partial(lora, rank=r), slow) for r in (*bed.uniform, bed.rank)}
     found |= {f"cut to {k}, finished": Plan(partial(cut_and_finish, ranks=k), slow) for k in bed.finishes}
     found |= {f"SoRA λ={pull:g}": Plan(partial(sora, pull=pull), middle) for pull in (0.4, 0.8)}
