@@ -18,6 +18,7 @@ import math
 import re
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -47,10 +48,10 @@ class Planted:
 
     setting = "planted ranks 0, 1, 1, 8 of width 32, 1,024 noisy rows; Adam, batches of 128"
     rank, steps, cuts = 12, 1200, (6, 8, 10, 12, 14, 16, 20, 24, 32, 48)
-    penalties, logit_rates = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.02, 0.05, 0.1)
-    main = (3e-3, 0.05)
-    gated_rates = (0.005, 0.01, 0.02, 0.04)
-    rates, uniform, pulls, finishes = (0.0025, 0.005, 0.01, 0.02, 0.04), (2, 4, 6, 8), (0.2, 0.4, 0.8), (10, 14, 20)
+    penalties, uniform, finishes = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (4, 8), (10, 14)
+    widths, logit_rate, others, main = ((8, 8), (8, 4)), 0.05, (0.02, 0.1), 3e-3
+    kinds = ("u = 1/2", "prior only", "separate ranks", "released start", "exact KL", "bop", "φ = 2")
+    unsampled = (1e-3,)
 
     def __init__(self, seed: int) -> None:
         self.task = planted_rank(seed)
@@ -69,10 +70,9 @@ class Digits:
 
     setting = "MLP 64-128-128-10 of upright digits, turned by 90 degrees; Adam, batches of 64"
     rank, steps, cuts = 8, 400, (2, 3, 4, 6, 8, 12, 16, 24)
-    penalties, logit_rates = (3e-3, 1e-2, 3e-2, 1e-1), (0.05, 0.1)
-    main = (1e-2, 0.05)
-    gated_rates = (0.005, 0.01, 0.02, 0.04)
-    rates, uniform, pulls, finishes = (0.0025, 0.005, 0.01, 0.02, 0.04), (1, 2, 4), (0.2, 0.4, 0.8), (4, 8, 12)
+    penalties, uniform, finishes = (3e-3, 1e-2, 3e-2, 1e-1), (1, 4), (4, 8)
+    widths, logit_rate, others, main = ((8, 8), (8, 4)), 0.1, (), 1e-2
+    kinds, unsampled = ("u = 1/2",), ()
 
     def __init__(self, seed: int) -> None:
         self.data = shifted_digits("turned")
@@ -325,22 +325,35 @@ def sora(bed: Bed, lr: float, seed: int, *, pull: float, steps: int) -> dict[str
     return {"curve": widths(bed, model), "ranks": ranks_of(model)}
 
 
-def arms(bed: type[Bed]) -> dict[str, Callable[..., dict[str, Any]]]:
-    """Arm -> its run."""
-    found: dict[str, Callable[..., dict[str, Any]]] = {}
-    for mu, rate in itertools.product(bed.penalties, bed.logit_rates):
-        found[f"B-LoRA μ={mu:g} φ-rate {rate:g}"] = partial(gates, penalty=mu, rate=rate, kind="")
-    mu, rate = bed.main
-    kinds = ("u = 1/2", "prior only", "separate ranks", "released start", "exact KL", "bop", "φ = 2")
-    for kind, more in itertools.product(kinds, (1.0, 10.0)):
-        if more == 1 or kind in ("u = 1/2", "prior only"):
-            name = f"B-LoRA μ={mu * more:g} φ-rate {rate:g}, {kind}"
-            found[name] = partial(gates, penalty=mu * more, rate=rate, kind=kind)
-    found |= {f"LoRA r={r}": partial(lora, rank=r) for r in (*bed.uniform, bed.rank)}
-    found |= {f"cut to {k}, finished": partial(cut_and_finish, ranks=k) for k in bed.finishes}
-    found |= {f"SoRA λ={pull:g}": partial(sora, pull=pull) for pull in bed.pulls}
-    for r, bits in [(bed.rank, 16), *itertools.product((bed.uniform[-1], bed.rank), (8, 4))]:
-        found[f"{bits} bit r={r}"] = partial(one_width, bits=bits, rank=r)
+@dataclass(frozen=True)
+class Plan:
+    """An arm: its run, the learning rates that it tries, and how many of the seeds."""
+
+    run: Callable[..., dict[str, Any]]
+    rates: tuple[float, ...]
+    seeds: int = 5
+
+
+def arms(bed: type[Bed]) -> dict[str, Plan]:
+    """Arm -> its plan; arms of no claim have two seeds and three rates."""
+    fast, slow, middle = (0.01, 0.02, 0.04, 0.08), (0.0025, 0.005, 0.01, 0.02), (0.005, 0.01, 0.02, 0.04)
+    if bed is Digits:
+        slow = middle = fast
+    found = {}
+    for mu, rate in itertools.product(bed.penalties, (bed.logit_rate, *bed.others)):
+        run, main = partial(gates, penalty=mu, rate=rate, kind=""), rate == bed.logit_rate
+        found[f"B-LoRA μ={mu:g} φ-rate {rate:g}"] = Plan(run, fast if main else fast[:3], 5 if main else 2)
+    for kind, mu in [*((kind, bed.main) for kind in bed.kinds), *(("u = 1/2", mu) for mu in bed.unsampled)]:
+        run = partial(gates, penalty=mu, rate=bed.logit_rate, kind=kind)
+        seeds = 2 if kind in ("exact KL", "bop", "φ = 2") else 5
+        rates = fast if kind == "u = 1/2" else fast[:3]
+        found[f"B-LoRA μ={mu:g} φ-rate {bed.logit_rate:g}, {kind}"] = Plan(run, rates, seeds)
+    found |= {f"LoRA r={r}": Plan(partial(lora, rank=r), slow) for r in (*bed.uniform, bed.rank)}
+    found |= {f"cut to {k}, finished": Plan(partial(cut_and_finish, ranks=k), slow) for k in bed.finishes}
+    found |= {f"SoRA λ={pull:g}": Plan(partial(sora, pull=pull), middle) for pull in (0.4, 0.8)}
+    for r, bits in bed.widths:
+        rank = bed.rank if bits == 16 else r
+        found[f"{bits} bit r={rank}"] = Plan(partial(one_width, bits=bits, rank=rank), middle)
     return found
 
 
@@ -365,13 +378,11 @@ def main() -> None:
         steps = 6 if args.tiny else bed.steps
         setting = f"{bed.setting}; {steps} steps, rank {bed.rank} to begin with"
         runs = Runs(args.out, part, setting=setting, packages=("scikit-learn",), seconds=args.seconds)
-        for seed in SEEDS[:1] if args.tiny else SEEDS:
-            for name, run in arms(bed).items():
-                grid = bed.gated_rates if "B-LoRA" in name or " bit " in name else bed.rates
-                for lr in grid[1:2] if args.tiny else grid:
-                    if re.search(args.only, f"{name}, seed {seed}"):
-                        key = {"method": name, "lr": lr, "seed": seed}
-                        runs.row(key, partial(measured, bed, run, lr, seed, steps))
+        for seed, (name, plan) in itertools.product(SEEDS[:1] if args.tiny else SEEDS, arms(bed).items()):
+            for lr in plan.rates[:1] if args.tiny else plan.rates:
+                if seed in SEEDS[: plan.seeds] and re.search(args.only, f"{name}, seed {seed}"):
+                    key = {"method": name, "lr": lr, "seed": seed}
+                    runs.row(key, partial(measured, bed, plan.run, lr, seed, steps))
 
 
 if __name__ == "__main__":
