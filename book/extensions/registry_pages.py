@@ -68,6 +68,7 @@ SWEEPS = {
     "codyra": (
         *("codyra_small", "regressions", "valid last"),
         *("CoDyRA, shrink 0.65", "LoRA r=16", "small network, four tasks"),
+    ),
     "increlora": (
         *("increlora_small", "planted", "valid"),
         *("IncreLoRA", "LoRA r=3", "four planted layers"),

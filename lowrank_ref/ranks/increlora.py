@@ -62,12 +62,6 @@ def largest(scores: Float[Tensor, " k"], count: int) -> list[int]:
 
 
 def orthogonality(A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], *, squared: bool = False) -> Float[Tensor, ""]:
-    """Return the distances of AAᵀ and of BᵀB from the identity, added: Frobenius norms, or their squares as printed.
-
-    Example:
-        >>> round(orthogonality(torch.eye(2), 2 * torch.eye(2), squared=True).item(), 4)
-        18.0
-    """
     """Return the distances of AAᵀ and of BᵀB from the identity, added: Frobenius norms, or their squares as printed."""
     off = (M - torch.eye(len(A), dtype=A.dtype, device=A.device) for M in (A @ A.T, B.T @ B))
     norms = [torch.linalg.matrix_norm(M) for M in off]
