@@ -4,6 +4,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -81,13 +82,19 @@ def no_match(start: str, pattern: Pattern, names: Iterable[str], model: nn.Modul
         kinds = (f"{count} {kind}" for kind, count in Counter(found).most_common())
         what = f"matches nothing that can be replaced, only {capped(kinds)}"
     plain = re.sub(r"[^\w.]+", ".", pattern if isinstance(pattern, str) else " ".join(pattern))
-    near = difflib.get_close_matches(plain, names, n=4, cutoff=0.3) or names[:4]
+    kinds_of = {re.sub(r"\d+", "*", name): name for name in reversed(names)}  # the first of each kind, not one kind often
+    near = sorted(reversed(kinds_of.values()), key=partial(_closeness, plain), reverse=True)[:4]
     if re.sub(r"[^a-z]", "", plain.lower()) == "alllinear":
         what += ' (all layers are the text "all-linear", with a hyphen)'
     elif isinstance(pattern, str) and re.search(r"[,\s]", pattern):
         parts = re.findall(r"[^,\s]+", pattern)
         what += f" (several names are a list: {parts!r})"
     return f"{start} {what}; near candidates are: {', '.join(near) or 'none, the model has no such module'}"
+
+
+def _closeness(wanted: str, path: str) -> float:
+    """Return how near a text is to a path, or to its last name."""
+    return max(difflib.SequenceMatcher(None, wanted, name).ratio() for name in (path, path.rpartition(".")[2]))
 
 
 def _others(model: nn.Module, pattern: Pattern) -> list[str]:
