@@ -82,7 +82,9 @@ def no_match(start: str, pattern: Pattern, names: Iterable[str], model: nn.Modul
         kinds = (f"{count} {kind}" for kind, count in Counter(found).most_common())
         what = f"matches nothing that can be replaced, only {capped(kinds)}"
     plain = re.sub(r"[^\w.]+", ".", pattern if isinstance(pattern, str) else " ".join(pattern))
-    kinds_of = {re.sub(r"\d+", "*", name): name for name in reversed(names)}  # the first of each kind, not one kind often
+    kinds_of = {
+        re.sub(r"\d+", "*", name): name for name in reversed(names)
+    }  # the first of each kind, not one kind often
     near = sorted(reversed(kinds_of.values()), key=partial(_closeness, plain), reverse=True)[:4]
     if re.sub(r"[^a-z]", "", plain.lower()) == "alllinear":
         what += ' (all layers are the text "all-linear", with a hyphen)'
