@@ -201,7 +201,7 @@ class MaestroLinear(WeightLayer):
         if rank * (m + n) > m * n:
             return self.first(prefix_product(self.A, self.B, rank), self.bias).train(self.training)
         thin = nn.Sequential(self.first(self.A[:rank], None), self.second(self.B[:, :rank], self.bias))
-        thin.taken = "factored"  # type: ignore[assignment]  # for `save_pretrained`, which could not build it again
+        vars(thin)["taken"] = "factored"  # so that `save_pretrained` says what `from_pretrained` could not build
         return thin.train(self.training)
 
     def first(self, W: Tensor, bias: Tensor | None) -> nn.Module:

@@ -11,7 +11,7 @@ import inspect
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -321,12 +321,12 @@ def _kept(model: nn.Module, trainable: Pattern | None, bases: set[int]) -> set[i
     if trainable is None:
         return set()
     named = dict(model.named_parameters(remove_duplicate=False))  # a tied one has two names
-    whole, kept, one = matcher("trainable", trainable), set[int](), isinstance(trainable, str)
-    for part in [trainable] if one else trainable:
-        hits = {id(p) for path, p in named.items() if (whole(path) if one else f".{part}." in f".{path}.")}
+    whole, kept = matcher("trainable", trainable), set[int]()
+    for name in [None] if isinstance(trainable, str) else trainable:
+        hits = {id(p) for path, p in named.items() if (whole(path) if name is None else f".{name}." in f".{path}.")}
         if not hits:
-            which = "which" if one else f"of which {part!r}"
-            raise ValueError(no_match(f"trainable: got {trainable!r}, {which}", trainable if one else [part], named))
+            which, part = ("which", trainable) if name is None else (f"of which {name!r}", [name])
+            raise ValueError(no_match(f"trainable: got {trainable!r}, {which}", part, named))
         kept |= hits
     if kept <= bases:
         what = "matches only weights of adapted layers; every adapter keeps its base frozen"

@@ -79,13 +79,13 @@ def no_match(start: str, pattern: Pattern, names: Iterable[str], model: nn.Modul
     """
     names, what = list(names), "matches nothing"
     if found := _others(model, pattern) if model is not None else []:
-        kinds = (f"{count} {kind}" for kind, count in Counter(found).most_common())
-        what = f"matches nothing that can be replaced, only {capped(kinds)}"
+        counts = (f"{count} {kind}" for kind, count in Counter(found).most_common())
+        what = f"matches nothing that can be replaced, only {capped(counts)}"
     plain = re.sub(r"[^\w.]+", ".", pattern if isinstance(pattern, str) else " ".join(pattern))
-    kinds_of = {
-        re.sub(r"\d+", "*", name): name for name in reversed(names)
-    }  # the first of each kind, not one kind often
-    near = sorted(reversed(kinds_of.values()), key=partial(_closeness, plain), reverse=True)[:4]
+    kinds = {re.sub(r"\d+", "*", name): name for name in reversed(names)}  # one name of each kind, the first
+    firsts = [name for name in names if name in kinds.values()]
+    close = [name for name in firsts if _closeness(plain, name) > 0.6]
+    near = [*sorted(close, key=partial(_closeness, plain), reverse=True), *(n for n in firsts if n not in close)][:4]
     if re.sub(r"[^a-z]", "", plain.lower()) == "alllinear":
         what += ' (all layers are the text "all-linear", with a hyphen)'
     elif isinstance(pattern, str) and re.search(r"[,\s]", pattern):
@@ -95,8 +95,8 @@ def no_match(start: str, pattern: Pattern, names: Iterable[str], model: nn.Modul
 
 
 def _closeness(wanted: str, path: str) -> float:
-    """Return how near a text is to a path, or to its last name."""
-    return max(difflib.SequenceMatcher(None, wanted, name).ratio() for name in (path, path.rpartition(".")[2]))
+    """Return how near a text is to a path, or to one of the names in it."""
+    return max(difflib.SequenceMatcher(None, wanted, name).ratio() for name in (path, *path.split(".")))
 
 
 def _others(model: nn.Module, pattern: Pattern) -> list[str]:
