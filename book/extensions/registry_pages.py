@@ -53,6 +53,10 @@ SWEEPS = {
         *("nola_small", "turned", "valid"),
         *("NOLA r=8 k=64", "LoRA r=8", "small MLP"),
     ),
+    "loldu": (
+        *("loldu_small", "turned", "valid loss"),
+        *("LoLDU", "LoRA r=8", "small MLP"),
+    ),
     "lora_sb": (
         *("lora_sb_small", "digits", "valid loss"),
         *("LoRA-SB r=8", "LoRA, s = 2 r=8", "small MLP"),
