@@ -247,9 +247,10 @@ def lora_cut_halfway(model: nn.Module, size: int, bed: Bed, generator: torch.Gen
 
     def actions(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[CutAt]:
         cuts.append(CutAt(model, optimizer, at=max(1, steps // 2), budget=budget))
-        return cuts
+        return cuts[-1:]
 
-    return Setup(actions=actions, finish=lambda _: {"state bytes": float(cuts[0].most)})
+    other = 8 * numel(p for path, p in model.named_parameters() if _beside(bed, path))  # Adam's two moments
+    return Setup(actions=actions, finish=lambda _: {"state bytes": float(cuts[-1].most - other)})
 
 
 def _target(bed: Bed, path: str, module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ file needs none of the packages but transformers.
 """
 
 import fcntl
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -102,27 +103,91 @@ def train_top(
     steps: int,
     actions: Callable[[nn.Module, torch.optim.Optimizer], Any],
 ) -> torch.optim.Optimizer:
-    """Train with Adam, batches of 32, rates falling linearly; the head at `HEAD_LR` where anything else trains."""
+    """Train with Adam, batches of 32, rates falling linearly; the head at `HEAD_LR` where anything else trains.
+
+    On a GPU a step is recorded as a CUDA graph and replayed, unless the method acts between steps.
+    """
     head = list(top.head.parameters())
     own = {id(p) for p in head}
     body = [p for p in top.parameters() if p.requires_grad and id(p) not in own]
     groups = groups or ([{"params": body}] if body else [])
-    rates = [{**group, "lr": lr * group.get("lr", 1.0)} for group in groups]
-    rates.append({"params": head, "lr": HEAD_LR if body else lr})
-    optimizer = torch.optim.Adam(rates)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+    rates = [(group["params"], lr * group.get("lr", 1.0)) for group in groups]
+    rates.append((head, HEAD_LR if body else lr))
+    get = array_batches(*data["train"], batch=32, seed=seed)
+    batches = [get(i) for i in range(steps)]
+    graph = head[0].is_cuda and not os.environ.get("VERSES_EAGER")
+    if graph:
+        before = {name: tensor.clone() for name, tensor in top.state_dict().items()}
+        optimizer = adam(rates, graph=True)
+        if not actions(top, optimizer):
+            try:
+                return replay(top, optimizer, [rate for _, rate in rates], batches)
+            except RuntimeError as error:
+                print(f"no graph of this arm, step by step instead: {str(error)[:200]}", flush=True)
+                torch.cuda.synchronize()
+                top.load_state_dict(before)
+    optimizer = adam(rates, graph=False)
     acting = actions(top, optimizer)
-    batch = array_batches(*data["train"], batch=32, seed=seed)
-    for i in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * (1 - i / steps)
+    for i, batch in enumerate(batches):
+        for group, (_, rate) in zip(optimizer.param_groups, rates):
+            group["lr"] = rate * (1 - i / steps)
         optimizer.zero_grad()
-        loss_fn(top, *batch(i)).backward()
+        loss_fn(top, *batch).backward()
         optimizer.step()
         for action in acting:
             action.step()
     return optimizer
+
+
+def adam(rates: list[tuple[list[nn.Parameter], float]], *, graph: bool) -> torch.optim.Adam:
+    """Return Adam over groups with rates, which are tensors where its step is to be recorded."""
+    cuda = rates[-1][0][0].is_cuda
+
+    def own(rate: float) -> Any:
+        return torch.zeros((), device=rates[-1][0][0].device) if graph else rate
+
+    groups: list[dict[str, Any]] = [{"params": params, "lr": own(rate)} for params, rate in rates]
+    return torch.optim.Adam(groups, lr=own(0.0), fused=cuda, capturable=graph)
+
+
+def replay(
+    top: nn.Module, optimizer: torch.optim.Optimizer, rates: list[float], batches: list[tuple[Tensor, Tensor]]
+) -> torch.optim.Optimizer:
+    """Record a step at rate 0, take what that left in the moments out again, and replay it for every batch."""
+    x, y = (part.clone() for part in batches[0])
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss_fn(top, x, y).backward()
+        optimizer.step()
+
+    graph = captured(step, optimizer)
+    for i, batch in enumerate(batches):
+        x.copy_(batch[0])
+        y.copy_(batch[1])
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"].fill_(rate * (1 - i / len(batches)))
+        graph.replay()
+    torch.cuda.synchronize()
+    return optimizer
+
+
+def captured(step: Callable[[], None], optimizer: torch.optim.Optimizer) -> torch.cuda.CUDAGraph:
+    """Record a step. Its warm-up has the rate 0, and what it left in the moments is taken out again."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    optimizer.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
+    return graph
 
 
 @torch.no_grad()
