@@ -90,8 +90,11 @@ def verse_data(device: str, tiny: bool) -> tuple[nn.ModuleList, dict[str, tuple[
 
 
 def loss_fn(top: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy, in nats."""
-    return F.cross_entropy(top(hidden), labels)
+    """Return the cross-entropy under a drawn head: for gradients before the start, which the new head of zeros stops."""
+    drawn = 0.02 * torch.randn(top.head.weight.shape, generator=torch.Generator().manual_seed(0))
+    for layer in top.layers:
+        hidden = run_layer(layer, hidden)
+    return F.cross_entropy(F.linear(hidden.mean(dim=1), drawn.to(hidden.device)), labels)
 
 
 def train_top(
@@ -132,7 +135,7 @@ def train_top(
         for group, (_, rate) in zip(optimizer.param_groups, rates):
             group["lr"] = rate * (1 - i / steps)
         optimizer.zero_grad()
-        loss_fn(top, *batch).backward()
+        F.cross_entropy(top(batch[0]), batch[1]).backward()
         optimizer.step()
         for action in acting:
             action.step()
@@ -158,7 +161,7 @@ def replay(
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss_fn(top, x, y).backward()
+        F.cross_entropy(top(x), y).backward()
         optimizer.step()
 
     graph = captured(step, optimizer)
