@@ -80,7 +80,7 @@ def _is_card(node: ast.stmt) -> bool:
 
 
 def _dumped(node: Any) -> str:
-    """A tree as text, without what is empty: some versions of Python have empty fields, and empty parts of f-strings."""
+    """A tree as text, without empty fields and parts of f-strings: versions of Python differ in these."""
     if isinstance(node, ast.JoinedStr):
         parts = [part for part in node.values if getattr(part, "value", None) != ""]
         return f"JoinedStr({_dumped(parts)})"
