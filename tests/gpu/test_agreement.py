@@ -148,7 +148,7 @@ def test_generators_of_both_devices_are_accepted(name, device, generators):
         layer = battery.LAYERS[name](on_device, generator=generator)
         again = battery.LAYERS[name](on_device, generator=torch.Generator(generator.device).manual_seed(3))
         for key, value in layer.state_dict().items():
-            assert value.device.type == device, key
+            assert value.device.type == device or key.endswith("_extra_state"), key  # numbers of the host
             assert torch.equal(value, again.state_dict()[key]), key
             if generator.device.type == "cpu":
                 torch.testing.assert_close(value.cpu(), plain[key], rtol=1e-5, atol=1e-6)
