@@ -4,7 +4,6 @@
 
 search, noisy: how many of the three planted modules of six each way to choose finds, at five rates.
 planted, unequal: test error after training with the choice; in "unequal" all layers but one need something.
-choices: all 20 ways to choose three of the six modules.
 gram: smallest eigenvalues of the Gram matrices of all 63 subsets of modules, and the loss after 100 steps.
 turned, relabelled: digits turned by 90 degrees, or with other labels, on a network of three layers.
 transformer: a vision transformer of four blocks, 28 modules, from upright digits to digits turned by 90 degrees.
@@ -425,13 +424,12 @@ CHOOSE = (
 PLANTED_RATES = (0.0025, 0.005, 0.01, 0.02, 0.04)
 DIGITS_RATES = (0.01, 0.03, 0.1, 0.3)
 VIT_RATES = (0.003, 0.006, 0.012, 0.024)
-PARTS = ("search", "noisy", "planted", "unequal", "choices", "gram", "turned", "relabelled", "transformer")
+PARTS = ("search", "noisy", "planted", "unequal", "gram", "turned", "relabelled", "transformer")
 SETTING = {
     "search": "six layers h + tanh(Wh), width 32, rank 4 planted in three of them, 1,024 rows, noise 0.05; 400 steps",
     "noisy": "the same with 256 rows and noise 0.2",
     "planted": "the bed of part search; 1,200 steps in all, 400 of them for a search; budget 768 numbers, s = 2",
     "unequal": "the same with planted ranks 0, 1, 2, 4, 4, 4 in an order drawn",
-    "choices": "the bed of part search; all 20 choices of three modules at rank 4, 400 steps at rate 0.01",
     "gram": "the bed of part search before training; 32 rows",
     "turned": "MLP 64-128-128-10 from upright digits to digits turned by 90 degrees; 200 steps in all, 67 for a search",
     "relabelled": "the same to upright digits with every label one higher",
@@ -454,11 +452,9 @@ def jobs(part: str, tiny: bool) -> list[tuple[dict[str, Any], Callable[[], dict[
     if part == "gram":
         return [({"seed": seed}, lambda seed=seed: grams(bed(seed), seed)) for seed in seeds]
     arms = {"planted": PLANTED, "unequal": UNEQUAL, "turned": DIGITS, "relabelled": DIGITS, "transformer": VIT}
-    rates = {"turned": DIGITS_RATES, "relabelled": DIGITS_RATES, "transformer": VIT_RATES, "choices": (0.01,)}
+    rates = {"turned": DIGITS_RATES, "relabelled": DIGITS_RATES, "transformer": VIT_RATES}
     names = arms.get(part, CHOOSE)
-    if part == "choices":
-        names = tuple("modules " + " ".join(map(str, three)) for three in itertools.combinations(range(6), 3))
-    work = choose if part in ("search", "noisy") else run if part != "choices" else short
+    work = choose if part in ("search", "noisy") else run
     listed = []
     for name in names:
         grid = rates.get(part, PLANTED_RATES)
@@ -472,12 +468,6 @@ def jobs(part: str, tiny: bool) -> list[tuple[dict[str, Any], Callable[[], dict[
             for seed in seeds
         ]
     return listed
-
-
-def short(bed: Bed, name: str, lr: float, seed: int) -> dict[str, Any]:
-    """Train some modules for as many steps as a search takes."""
-    cut = Bed(*(getattr(bed, f) for f in ("base", "pattern", "data", "loss", "batch", "rank", "high", "search")), 2)
-    return run(cut, name, lr, seed)
 
 
 def main() -> None:
