@@ -61,6 +61,10 @@ SWEEPS = {
         *("sora_scale", "verses", "test_loss"),
         *("SoRA λ=0.3", "LoRA r=8", "sentence encoder"),
     ),
+    "diffora": (
+        *("diffora_small", "transformer", "valid"),
+        *("DiffoRA K=14", "uniform r=2", "small vision transformer"),
+    ),
     "galore": (
         *("galore_scale", "pretraining", "valid"),
         *("GaLore", "Adam", "GPT from scratch"),
