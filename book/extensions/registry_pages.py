@@ -69,6 +69,10 @@ SWEEPS = {
         *("sora_scale", "verses", "test_loss"),
         *("SoRA λ=0.3", "LoRA r=8", "sentence encoder"),
     ),
+    "diffora": (
+        *("diffora_small", "transformer", "valid"),
+        *("DiffoRA K=14", "uniform r=2", "small vision transformer"),
+    ),
     "codyra": (
         *("codyra_small", "regressions", "valid last"),
         *("CoDyRA, shrink 0.65", "LoRA r=16", "small network, four tasks"),
