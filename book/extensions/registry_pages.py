@@ -61,6 +61,10 @@ SWEEPS = {
         *("sora_scale", "verses", "test_loss"),
         *("SoRA λ=0.3", "LoRA r=8", "sentence encoder"),
     ),
+    "bayesian_lora": (
+        *("bayesian_lora_small", "digits", "log10 valid"),
+        *("B-LoRA μ=0.01 φ-rate 0.05", "LoRA r=8", "small MLP"),
+    ),
     "galore": (
         *("galore_scale", "pretraining", "valid"),
         *("GaLore", "Adam", "GPT from scratch"),
