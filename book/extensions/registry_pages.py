@@ -57,13 +57,25 @@ SWEEPS = {
         *("lora_sb_small", "digits", "valid loss"),
         *("LoRA-SB r=8", "LoRA, s = 2 r=8", "small MLP"),
     ),
+    "lora_squeeze": (
+        *("lora_squeeze_small", "turned", "valid loss"),
+        *("16 to k at 3 %, k=4", "direct, k=4", "small MLP"),
+    ),
     "sora": (
         *("sora_scale", "verses", "test_loss"),
         *("SoRA λ=0.3", "LoRA r=8", "sentence encoder"),
     ),
     "bayesian_lora": (
         *("bayesian_lora_small", "digits", "log10 valid"),
-        *("B-LoRA μ=0.01 φ-rate 0.05", "LoRA r=8", "small MLP"),
+        *("B-LoRA μ=0.01 φ-rate 0.1", "LoRA r=8", "small MLP"),
+    ),
+    "codyra": (
+        *("codyra_small", "regressions", "valid last"),
+        *("CoDyRA, shrink 0.65", "LoRA r=16", "small network, four tasks"),
+    ),
+    "increlora": (
+        *("increlora_small", "planted", "valid"),
+        *("IncreLoRA", "LoRA r=3", "four planted layers"),
     ),
     "galore": (
         *("galore_scale", "pretraining", "valid"),
