@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_lora_squeeze_post.py --out book/results/lora_squeeze_post.json
 
-What is cut after the last step may be best trained at a lower rate than those of `bench_lora_squeeze_small.py`. Network,
-task and training are the same, and the chapter joins the rows of both.
+What is cut after the last step may be best trained at a lower rate than those of `bench_lora_squeeze_small.py`.
+Network, task and training are the same, and the chapter joins the rows of both.
 """
 
 import re
