@@ -54,8 +54,9 @@ def assert_equal_optimizers(got, wanted):
 
 @each_layer
 def test_a_rank_that_is_none_is_named(name):
-    """The first thing that is looked at, before anything is drawn or decomposed; SVFit's None is all ranks."""
-    for rank in (0, -1, M + 1, 2.0, "8", True, *([] if name in ("SVFitLinear", "SingularCoreLinear") else [None])):
+    """The first thing that is looked at, before anything is drawn or decomposed; None is all ranks for some."""
+    all_ranks = ("LoLDULinear", "SVFitLinear", "SingularCoreLinear")
+    for rank in (0, -1, M + 1, 2.0, "8", True, *([] if name in all_ranks else [None])):
         base = linear()
         with pytest.raises((TypeError, ValueError), match=r"^rank: got|parameter 'rank'"):  # CI checks types as well
             LAYERS[name](base, rank=rank, generator=seeded())

@@ -53,6 +53,10 @@ SWEEPS = {
         *("nola_small", "turned", "valid"),
         *("NOLA r=8 k=64", "LoRA r=8", "small MLP"),
     ),
+    "loldu": (
+        *("loldu_small", "turned", "valid loss"),
+        *("LoLDU", "LoRA r=8", "small MLP"),
+    ),
     "lora_sb": (
         *("lora_sb_small", "digits", "valid loss"),
         *("LoRA-SB r=8", "LoRA, s = 2 r=8", "small MLP"),
@@ -64,6 +68,14 @@ SWEEPS = {
     "sora": (
         *("sora_scale", "verses", "test_loss"),
         *("SoRA λ=0.3", "LoRA r=8", "sentence encoder"),
+    ),
+    "codyra": (
+        *("codyra_small", "regressions", "valid last"),
+        *("CoDyRA, shrink 0.65", "LoRA r=16", "small network, four tasks"),
+    ),
+    "increlora": (
+        *("increlora_small", "planted", "valid"),
+        *("IncreLoRA", "LoRA r=3", "four planted layers"),
     ),
     "galore": (
         *("galore_scale", "pretraining", "valid"),

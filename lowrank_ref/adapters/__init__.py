@@ -6,6 +6,7 @@ Papers:
     svfit             the singular values of W trained, its singular vectors frozen
     randlora          a full-rank update out of frozen random bases and trained diagonals
     nola              LoRA's factors as mixtures of random matrices: a seed and some coefficients
+    loldu             the pivots of a weight trained, its triangular factors frozen
     lora_sb           a trained r x r core between frozen frames, taken from the first gradient
     lora_squeeze      train at a generous rank, cut by an SVD of the thin factors, at the end or on the way
 
@@ -14,6 +15,7 @@ Companions:
     dora_pissa        two relatives of LoRA that chapters use as baselines
     embedding_conv    LoRA on embeddings and convolutions
     gradient_start    LoRA-SB's gradient pass, and the start of a whole model
+    ldu_factors       which triangular factors LoLDU trains, and its controls
     nola_bases        NOLA's random matrices, drawn block by block
     nola_bits         NOLA's coefficients in a few bits
     nola_file         NOLA's smallest file
@@ -21,14 +23,15 @@ Companions:
     randlora_bases    RandLoRA's frozen random matrices
     singular_core     SVFit with an r × r matrix in place of its r values: a control
     singular_pairs    which singular vectors SVFit trains, and its controls
+    svd_frames        LoRA-XS: frames from the pretrained weight, and random ones
     squeeze_targets   which layers LoRA-Squeeze cuts, to which ranks, also in PEFT's words
     squeeze_training  LoRA-Squeeze while a model trains, and its control that only restarts Adam
-    svd_frames        LoRA-XS: frames from the pretrained weight, and random ones
 """
 
 from lowrank_ref.adapters.dora_pissa import DoRALinear, PiSSALinear
 from lowrank_ref.adapters.embedding_conv import LoRAConv2d, LoRAEmbedding
 from lowrank_ref.adapters.gradient_start import start_lora_sb
+from lowrank_ref.adapters.loldu import LoLDULinear
 from lowrank_ref.adapters.lora import LoRALinear, lora_plus_groups, lora_scaling, rslora_scaling
 from lowrank_ref.adapters.lora_sb import LoRASBLinear
 from lowrank_ref.adapters.lora_squeeze import ranks_for_energy, squeeze
@@ -44,6 +47,7 @@ from lowrank_ref.adapters.svfit import SVFitLinear
 
 __all__ = [
     "DoRALinear",
+    "LoLDULinear",
     "LoRAConv2d",
     "LoRAEmbedding",
     "LoRALinear",
