@@ -33,8 +33,8 @@ from lowrank_ref.adapters import (
     SVFitLinear,
     start_lora_sb,
 )
-from lowrank_ref.adapters.squeeze_training import halving_plan
 from lowrank_ref.adapters.randlora import block_count
+from lowrank_ref.adapters.squeeze_training import halving_plan
 from lowrank_ref.analysis import MPSLinear
 from lowrank_ref.analysis.mps_adapter import near_square
 from lowrank_ref.core.accounting import nbytes, numel, state_bytes
