@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 # Python compiles what it imports; compiling all that is installed takes a minute more.
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help book test ci unit coverage notebooks fresh lab clean
+.PHONY: help book test ci unit coverage notebooks fresh lab sources clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | expand -t 12
@@ -26,14 +26,18 @@ unit: $(INSTALLED) ## the unit tests only
 coverage: $(INSTALLED) ## the unit tests, and which lines they reach: 95 % at least
 	@$(RUN) book/tools/check.py coverage
 
-notebooks: $(INSTALLED) ## run the chapters in place and refresh their outputs
-	@$(RUN) tests/benchmarks/bench_comparison.py --out book/results/comparison.json
+notebooks: $(INSTALLED) ## measure what the comparison lacks, run the chapters in place, refresh their outputs
+	@$(RUN) tests/benchmarks/bench_comparison.py --out book/results/comparison.json --part digits_shift --part allocators
 	@$(RUN) book/tools/execute.py --in-place
 
 fresh: $(INSTALLED) ## run the chapters as Colab would: alone, with what they install; compare their outputs
 	@$(RUN) book/tools/fresh.py
 
-lab: $(INSTALLED) ## open the chapters in JupyterLab
+lab: $(INSTALLED) ## open the chapters in JupyterLab, as a reader gets them
+	@$(RUN) book/tools/kernel_notebooks.py --trust
+	@$(RUN) -m jupyterlab _build/notebooks
+
+sources: $(INSTALLED) ## open the chapters' sources in JupyterLab, to edit them
 	@$(RUN) -m jupyterlab book
 
 clean: ## remove what was built, and the virtual environment

@@ -16,7 +16,16 @@ from torch import nn
 from torch.nn import functional as F
 
 import lowrank_ref
-from lowrank_ref.adapters import DoRALinear, LoRASBLinear, LoRAXSLinear, PiSSALinear, SingularCoreLinear
+from lowrank_ref.adapters import (
+    DoRALinear,
+    LoRALinear,
+    LoRASBLinear,
+    LoRASqueezer,
+    LoRAXSLinear,
+    MomentRestart,
+    PiSSALinear,
+    SingularCoreLinear,
+)
 from lowrank_ref.adapters.lora_sb import first_step, update_approximation
 from lowrank_ref.compression import JointRankSampler, MaestroLinear, RankSampler, RankShrinker, decompose
 from lowrank_ref.core.actions import Action
@@ -25,7 +34,22 @@ from lowrank_ref.core.registry import papers
 from lowrank_ref.lowbit import BitLinear, GateSchedule, HGFLinear
 from lowrank_ref.lowbit.ternary import PackedLinear
 from lowrank_ref.pretraining import SLTrainLinear
-from lowrank_ref.ranks import ProximalGates, SoRALinear, SparsifyingSchedule, gate_groups
+from lowrank_ref.ranks import (
+    BayesianLoRALinear,
+    DiffoRALinear,
+    GateSampler,
+    IncreLoRALinear,
+    ModuleSearch,
+    ProximalGates,
+    RankGrowth,
+    RankSelection,
+    SoRALinear,
+    SparsifyingSchedule,
+    gate_groups,
+    growth_groups,
+    logit_groups,
+    start_task,
+)
 from lowrank_ref.robustness import GradientProjection
 
 #: The base layer of all cases: m outputs, n inputs.
@@ -46,13 +70,17 @@ LAYERS |= {"DoRALinear": DoRALinear, "PiSSALinear": PiSSALinear, "SingularCoreLi
 LAYERS |= {"LoRAXSLinear": LoRAXSLinear, "LoRASBLinear": lora_sb}
 #: Name -> numbers it trains on an (m, n) layer, by the formula of its docstring.
 COUNTS = {
+    "IncreLoRALinear": lambda m, n: m + n + 1 + m + n,  # one component and the vectors of the reserve
     "LoRALinear": lambda m, n: 8 * (m + n),
+    "DiffoRALinear": lambda m, n: 8 * (m + n) + 1,
     "DoRALinear": lambda m, n: 8 * (m + n) + m,
     "PiSSALinear": lambda m, n: 8 * (m + n),
     "MPSLinear": lambda m, n: 8 * m + 8 * 3 * 4 + 4 * 4,  # n = 12 = 3·4
     "NOLALinear": lambda m, n: 64 + 64,
     "RandLoRALinear": lambda m, n: -(-min(m, n) // 8) * (8 + min(m, n)),
+    "CoDyRALinear": lambda m, n: 8 * (m + n + 1),
     "SoRALinear": lambda m, n: 8 * (m + n + 1),
+    "BayesianLoRALinear": lambda m, n: 8 * (m + n + 1) + 7 + 3 * 3,
     "SVFitLinear": lambda m, n: min(m, n),
     "SingularCoreLinear": lambda m, n: min(m, n) ** 2,
     "LoLDULinear": lambda m, n: min(m, n),
@@ -61,6 +89,7 @@ COUNTS = {
 }
 #: Adapters that do not start at the base model, each with the reason.
 STARTS_ELSEWHERE = {
+    "IncreLoRALinear": "λ of its reserve is 1e-5",
     "LoRAXSLinear": "its core is drawn, with a deviation of 1e-5",
     "LoRASBLinear": "its start is one step of full fine-tuning, truncated",
 }
@@ -154,14 +183,50 @@ def _schedule():
     return model, steps, [proximal, SparsifyingSchedule(proximal, [0.1, 0.5, 0.9], first=2, later=2)]
 
 
+def _search():
+    """The steps of the gates see other rows than those of the factors."""
+    model = replace_linears(network(), "", partial(DiffoRALinear, rank=4, generator=seeded()))
+    steps = torch.optim.Adam(model.parameters(), lr=0.2)
+    return model, steps, [ModuleSearch(model, loss, lambda i: (batch(50 + i),), lr=0.1, warmup=1)]
+
+
+def _codyra():
+    model = start_task(network(), "", 4, gate="normal", generator=seeded())
+    steps = torch.optim.Adam(gate_groups(model), lr=0.2)
+    return model, steps, [RankSelection(model, steps, steps=6, shrink=0.9, levels=2, dense=0.3)]
+
+
+def _growth():
+    model = replace_linears(network(), "", partial(IncreLoRALinear, capacity=4, generator=seeded()))
+    steps = torch.optim.Adam(growth_groups(model), lr=0.1)
+    return model, steps, [RankGrowth(model, steps, budget=5, every=2, warmup=1)]
+
+
+def _bayesian():
+    make = partial(BayesianLoRALinear, rank=4, gate=0.0, generator=seeded())
+    model = replace_linears(network(), "", make)
+    steps = torch.optim.Adam(logit_groups(model, 0.1, ratio=2.0))
+    return model, steps, [GateSampler(model, generator=seeded(1))]
+
+
 def _momentum(model, make):
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), [make(model)]
+
+
+def _lora(make):
+    model = replace_linears(network(), "", partial(LoRALinear, rank=4, generator=seeded()))
+    steps = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    return model, steps, [make(model, steps)]
 
 
 #: Name of an action -> its case: a model, its optimizer, and the actions in the order in which they attach.
 ACTIONS = {
     "ProximalGates": _sora,
     "SparsifyingSchedule": _schedule,
+    "ModuleSearch": _search,
+    "RankSelection": _codyra,
+    "RankGrowth": _growth,
+    "GateSampler": _bayesian,
     "RankSampler": lambda: _momentum(decompose(network()), partial(RankSampler, generator=seeded())),
     "JointRankSampler": lambda: _momentum(decompose(network()), partial(JointRankSampler, generator=seeded())),
     "RankShrinker": lambda: _momentum(decompose(network()), partial(RankShrinker, threshold=0.5, every=3)),
@@ -169,6 +234,10 @@ ACTIONS = {
         replace_linears(network(), "0", partial(HGFLinear, rank=3, generator=seeded()), trainable="2"),
         partial(GateSchedule, warmup=2, freeze=5),
     ),
+    "LoRASqueezer": lambda: _lora(
+        lambda model, steps: LoRASqueezer(model, steps, {2: 3, 5: {"2": 1}}, moments="carry", scale=1.5)
+    ),
+    "MomentRestart": lambda: _lora(lambda model, steps: MomentRestart(steps, [2, 5])),
     "GradientProjection": lambda: _momentum(
         Twins(network()), lambda both: GradientProjection(both.model, both.twin, every=2)
     ),

@@ -26,7 +26,7 @@ from lowrank_ref.core.layers import replace_linears
 from lowrank_ref.lab.models import GPT
 from lowrank_ref.lowbit import BitLinear, HGFLinear, PackedLinear
 from lowrank_ref.pretraining import SLTrainLinear
-from lowrank_ref.ranks import SoRALinear
+from lowrank_ref.ranks import BayesianLoRALinear, CoDyRALinear, DiffoRALinear, IncreLoRALinear, SoRALinear
 
 pytestmark = pytest.mark.usefixtures("no_shape_checks")
 
@@ -64,6 +64,10 @@ LINEAR = {
     "DoRA": partial(DoRALinear, rank=4),
     "PiSSA": partial(PiSSALinear, rank=4),
     "SoRA": partial(SoRALinear, rank=4),
+    "DiffoRA": partial(DiffoRALinear, rank=4),
+    "CoDyRA": partial(CoDyRALinear, rank=4),
+    "IncreLoRA": partial(IncreLoRALinear, rank=4),
+    "Bayesian-LoRA": partial(BayesianLoRALinear, rank=4, gate=0.0),
     "LoRA-SB": partial(lora_sb, rank=4),
     "NOLA": partial(NOLALinear, rank=4),
     "RandLoRA": partial(RandLoRALinear, rank=4),

@@ -12,7 +12,7 @@ from lowrank_ref.core.registry import PARTS
 #: Where public names are imported from.
 ROOMS = [*PARTS, "core.layers", "core.actions", "core.accounting", "core.groups", "core.io", "core.trainer"]
 #: Nobody builds these: what functions return, whose example shows the function, and a base of optimizers.
-NOT_BUILT = {"Attacked", "GaLore", "ParameterReport", "Profile"}
+NOT_BUILT = {"Attacked", "GaLore", "MergedUpdate", "ParameterReport", "Profile", "TaskScores"}
 
 
 def public():

@@ -33,7 +33,7 @@ from lowrank_ref.lowbit.ternary import absmean
 from lowrank_ref.optimizers import GaLoreAdamW
 from lowrank_ref.optimizers.sharded import is_sharded, shard_like, whole, whole_matrices
 from lowrank_ref.pretraining import SLTrainLinear
-from lowrank_ref.ranks import SoRALinear
+from lowrank_ref.ranks import BayesianLoRALinear, CoDyRALinear, DiffoRALinear, IncreLoRALinear, SoRALinear
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +79,10 @@ CASES = {
     "LoRA-XS": (lambda: with_layer(partial(LoRAXSLinear, rank=4, generator=seeded(1))), adam),
     "LoRA-SB": (lambda: with_layer(partial(lora_sb, rank=4, generator=seeded(1))), adam),
     "SoRA": (lambda: with_layer(partial(SoRALinear, rank=4, generator=seeded(1))), adam),
+    "DiffoRA": (lambda: with_layer(partial(DiffoRALinear, rank=4, generator=seeded(1))), adam),
+    "CoDyRA": (lambda: with_layer(partial(CoDyRALinear, rank=4, generator=seeded(1))), adam),
+    "IncreLoRA": (lambda: with_layer(partial(IncreLoRALinear, rank=4, capacity=6, generator=seeded(1))), adam),
+    "Bayesian-LoRA": (lambda: with_layer(partial(BayesianLoRALinear, rank=4, gate=0.0, generator=seeded(1))), adam),
     "MPS": (lambda: with_layer(partial(MPSLinear, generator=seeded(1))), adam),
     "Maestro": (lambda: with_layer(MaestroLinear.from_linear), adam),
     "NOLA": (lambda: with_layer(partial(NOLALinear, rank=4, generator=seeded(1))), adam),

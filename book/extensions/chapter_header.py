@@ -114,8 +114,8 @@ def targets(name: str, paper: PaperInfo) -> list[tuple[str, str]]:
     """Text and address of each link."""
     to_root = "../" * name.count("/")
     return [
-        ("Open in Colab", links.colab(f"book/{name}.ipynb")),
-        ("Notebook", f"{to_root}_sources/{name}.ipynb"),
+        ("Open in Colab", links.colab(name)),
+        ("Notebook", f"{to_root}notebooks/{name}.ipynb"),
         ("Reference", f"{to_root}api/lowrank_ref.{name.replace('/', '.')}.html"),
         ("Source", links.source(f"lowrank_ref/{name}.py")),
         ("Tests", links.source(f"tests/{paper.part}/test_{paper.key}.py")),

@@ -4,7 +4,9 @@ import re
 from collections.abc import Mapping
 
 #: A name in single backticks, perhaps called, and not inside a role or a literal.
-NAME = re.compile(r"(?<![:`\w])`([A-Za-z_][\w.]*?)(\.py)?(\(\))?`(?![`_])")
+NAME = re.compile(
+    r"(?<![:`\w])`([A-Za-z_][\w.]*?)(\.py)?(?:\(\)|(\([^`<>\\]+\)))?`(?![`_])"
+)
 #: The number of a paper at arXiv.
 ARXIV = re.compile(r"(?<![\w./:])((?:arXiv:? ?)?(\d{4}\.\d{5}(?:v\d+)?))(?![\w/]|\.\d)")
 
@@ -52,10 +54,10 @@ def linked(lines: list[str], names: Mapping[str, str], module: str) -> list[str]
     """
 
     def link(match: re.Match[str]) -> str:
-        text, file = match[1], match[2] or ""
+        text, rest = match[1], (match[2] or "") + (match[3] or "")
         for full in (f"{module}.{text}", f"{module.rpartition('.')[0]}.{text}", text):
             if full in names:
-                return f":py:obj:`{text}{file} <{names[full]}>`"
+                return f":py:obj:`{text}{rest} <{names[full]}>`"
         return match[0]
 
     out, literal = [], False

@@ -123,6 +123,13 @@ def mended(text: str, name: str) -> str:
         text = re.sub(r"<link[^>]*sphinx-design\.min\.css[^>]*>\s*", "", text)
     for script in scripts:
         text = re.sub(rf"<script[^>]*{re.escape(script)}[^>]*></script>\s*", "", text)
+    # Readers get the notebook made for a kernel, not the page's source.
+    ours, page = links.owner_and_name(links.repository()), r"book/([\w/-]+)\.ipynb"
+    colab = rf"{links.COLAB}/{ours}/blob/{links.BRANCH}/{page}"
+    text = re.sub(colab, lambda found: links.colab(found[1]), text)
+    binder = rf"{links.BINDER}/{ours}/{links.BRANCH}\?urlpath=lab/tree/{page}"
+    text = re.sub(binder, lambda found: links.binder(found[1]), text)
+    text = re.sub(r'"((?:\.\./)*)_sources/([\w/-]+\.ipynb)"', r'"\1notebooks/\2"', text)
     # The button that unfolds a part of the contents has no name.
     text = text.replace(
         '<summary><span class="toctree-toggle"',

@@ -61,9 +61,25 @@ SWEEPS = {
         *("lora_sb_small", "digits", "valid loss"),
         *("LoRA-SB r=8", "LoRA, s = 2 r=8", "small MLP"),
     ),
+    "lora_squeeze": (
+        *("lora_squeeze_small", "turned", "valid loss"),
+        *("16 to k at 3 %, k=4", "direct, k=4", "small MLP"),
+    ),
     "sora": (
         *("sora_scale", "verses", "test_loss"),
         *("SoRA λ=0.3", "LoRA r=8", "sentence encoder"),
+    ),
+    "diffora": (
+        *("diffora_small", "transformer", "valid"),
+        *("DiffoRA K=14", "uniform r=2", "small vision transformer"),
+    ),
+    "codyra": (
+        *("codyra_small", "regressions", "valid last"),
+        *("CoDyRA, shrink 0.65", "LoRA r=16", "small network, four tasks"),
+    ),
+    "increlora": (
+        *("increlora_small", "planted", "valid"),
+        *("IncreLoRA", "LoRA r=3", "four planted layers"),
     ),
     "galore": (
         *("galore_scale", "pretraining", "valid"),

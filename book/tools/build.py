@@ -4,6 +4,7 @@ python book/tools/build.py              from book/, with the committed outputs
 python book/tools/build.py _build/book  from the copy that execute.py made
 
 Always from scratch: a page left over from an earlier build would hide its warnings.
+The notebooks for JupyterLab and Colab are made beside the pages, in _build/notebooks.
 """
 
 import shutil
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import kernel_notebooks
 from links import ROOT
 
 BUILD = ROOT / "_build"
@@ -29,6 +31,8 @@ def build(source: Path) -> int:
     print("Building the pages ...", flush=True)
     status = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
     if status == 0:
+        kernel_notebooks.make(source, kernel_notebooks.OUT)
+        shutil.copytree(kernel_notebooks.OUT, BUILD / "html" / "notebooks")
         print(f"Built in {time.perf_counter() - start:.0f} s. Open this file:")
         print(f"  {(BUILD / 'html' / 'index.html').as_uri()}")
     return status

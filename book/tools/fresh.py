@@ -13,7 +13,6 @@ and its outputs are compared with the stored ones.
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import nbformat
 
+import kernel_notebooks
 from check import COMPARE, command
 from execute import ENVIRONMENT, longest_first
 from links import ROOT, chapters, install_cell, install_target
@@ -80,14 +80,16 @@ def install(python: Path) -> None:
 
 
 def alone(path: Path, folder: Path) -> Path:
-    """Copy a chapter into a folder of its own."""
-    notebook = nbformat.read(path, as_version=4)
+    """Put a chapter, as readers in Colab get it, into a folder of its own."""
+    notebook = kernel_notebooks.converted(path)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     if first.source != install_cell():
         raise ValueError(f"{path}: its first cell does not install the package")
-    copy = folder / path.stem / path.name
+    copy = (
+        folder / f"{path.stem} alone" / path.name
+    )  # people have spaces in their paths
     copy.parent.mkdir()
-    shutil.copy(path, copy)
+    nbformat.write(notebook, copy)
     return copy
 
 

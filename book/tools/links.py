@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BRANCH = "main"
+PAGES = "gh-pages"  # the branch with the published pages and notebooks
 COLAB = "https://colab.research.google.com/github"
 BINDER = "https://mybinder.org/v2/gh"
 
@@ -37,14 +38,21 @@ def source(path: str) -> str:
     return f"{repository()}/blob/{BRANCH}/{path}"
 
 
-def colab(path: str) -> str:
-    """Opens a notebook of the repository in Colab."""
-    return f"{COLAB}/{owner_and_name(repository())}/blob/{BRANCH}/{path}"
+def published(page: str) -> str:
+    """Where the newest notebook of a chapter lies on the branch of the pages."""
+    return f"latest/notebooks/{page}.ipynb"
 
 
-def binder(path: str) -> str:
-    """Opens a notebook of the repository in Binder's JupyterLab."""
-    return f"{BINDER}/{owner_and_name(repository())}/{BRANCH}?urlpath=lab/tree/{path}"
+def colab(page: str) -> str:
+    """Opens a chapter's notebook in Colab."""
+    ours = owner_and_name(repository())
+    return f"{COLAB}/{ours}/blob/{PAGES}/{published(page)}"
+
+
+def binder(page: str) -> str:
+    """Opens it in Binder's JupyterLab, where publish.py's environment.yml is read."""
+    ours = owner_and_name(repository())
+    return f"{BINDER}/{ours}/{PAGES}?urlpath=lab/tree/{published(page)}"
 
 
 def site(folder: str = "", url: str = "") -> str:

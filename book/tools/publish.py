@@ -11,7 +11,7 @@ import re
 import shutil
 from pathlib import Path
 
-from links import BRANCH, version
+from links import BRANCH, install_target, version
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -20,6 +20,17 @@ PAGE = """<!doctype html>
 <title>{title}</title>
 {body}
 </html>
+"""
+
+
+#: What Binder installs for the notebooks beside the pages.
+ENVIRONMENT = """name: lowrank-ref
+channels: [conda-forge]
+dependencies:
+  - python=3.11
+  - pip
+  - pip:
+      - "{package}"
 """
 
 
@@ -44,6 +55,8 @@ def publish(pages: Path, site: Path, name: str) -> list[str]:
         shutil.copytree(pages, site / folder)
     found = versions(site)
     (site / ".nojekyll").touch()  # else folders with an underscore are left out
+    environment = ENVIRONMENT.format(package=install_target())
+    (site / "environment.yml").write_text(environment)
     leads = '<meta http-equiv="refresh" content="0; url=latest/index.html">\n'
     leads += '<a href="latest/index.html">Low-rank, sparse, ternary</a>'
     (site / "index.html").write_text(PAGE.format(title="Lead", body=leads))

@@ -2,27 +2,30 @@
 
 Papers:
 
-    lora            W stays, a low-rank correction s·B·A is trained beside it
-    svfit           the singular values of W trained, its singular vectors frozen
-    randlora        a full-rank update out of frozen random bases and trained diagonals
-    nola            LoRA's factors as mixtures of random matrices: a seed and some coefficients
-    loldu           the pivots of a weight trained, its triangular factors frozen
-    lora_sb         a trained r x r core between frozen frames, taken from the first gradient
+    lora              W stays, a low-rank correction s·B·A is trained beside it
+    svfit             the singular values of W trained, its singular vectors frozen
+    randlora          a full-rank update out of frozen random bases and trained diagonals
+    nola              LoRA's factors as mixtures of random matrices: a seed and some coefficients
+    loldu             the pivots of a weight trained, its triangular factors frozen
+    lora_sb           a trained r x r core between frozen frames, taken from the first gradient
+    lora_squeeze      train at a generous rank, cut by an SVD of the thin factors, at the end or on the way
 
 Companions:
 
-    dora_pissa      two relatives of LoRA that chapters use as baselines
-    embedding_conv  LoRA on embeddings and convolutions
-    gradient_start  LoRA-SB's gradient pass, and the start of a whole model
-    ldu_factors     which triangular factors LoLDU trains, and its controls
-    nola_bases      NOLA's random matrices, drawn block by block
-    nola_bits       NOLA's coefficients in a few bits
-    nola_file       NOLA's smallest file
-    peft_format     exchange with huggingface/peft's folders
-    randlora_bases  RandLoRA's frozen random matrices
-    singular_core   SVFit with an r × r matrix in place of its r values: a control
-    singular_pairs  which singular vectors SVFit trains, and its controls
-    svd_frames      LoRA-XS: frames from the pretrained weight, and random ones
+    dora_pissa        two relatives of LoRA that chapters use as baselines
+    embedding_conv    LoRA on embeddings and convolutions
+    gradient_start    LoRA-SB's gradient pass, and the start of a whole model
+    ldu_factors       which triangular factors LoLDU trains, and its controls
+    nola_bases        NOLA's random matrices, drawn block by block
+    nola_bits         NOLA's coefficients in a few bits
+    nola_file         NOLA's smallest file
+    peft_format       exchange with huggingface/peft's folders
+    randlora_bases    RandLoRA's frozen random matrices
+    singular_core     SVFit with an r × r matrix in place of its r values: a control
+    singular_pairs    which singular vectors SVFit trains, and its controls
+    svd_frames        LoRA-XS: frames from the pretrained weight, and random ones
+    squeeze_targets   which layers LoRA-Squeeze cuts, to which ranks, also in PEFT's words
+    squeeze_training  LoRA-Squeeze while a model trains, and its control that only restarts Adam
 """
 
 from lowrank_ref.adapters.dora_pissa import DoRALinear, PiSSALinear
@@ -31,11 +34,14 @@ from lowrank_ref.adapters.gradient_start import start_lora_sb
 from lowrank_ref.adapters.loldu import LoLDULinear
 from lowrank_ref.adapters.lora import LoRALinear, lora_plus_groups, lora_scaling, rslora_scaling
 from lowrank_ref.adapters.lora_sb import LoRASBLinear
+from lowrank_ref.adapters.lora_squeeze import ranks_for_energy, squeeze
 from lowrank_ref.adapters.nola import NOLALinear
 from lowrank_ref.adapters.nola_file import load_nola, save_nola
 from lowrank_ref.adapters.peft_format import load_peft, save_peft
 from lowrank_ref.adapters.randlora import RandLoRALinear
 from lowrank_ref.adapters.singular_core import SingularCoreLinear
+from lowrank_ref.adapters.squeeze_targets import peft_ranks
+from lowrank_ref.adapters.squeeze_training import LoRASqueezer, MomentRestart, halving_plan, rewarmed
 from lowrank_ref.adapters.svd_frames import LoRAXSLinear
 from lowrank_ref.adapters.svfit import SVFitLinear
 
@@ -46,18 +52,25 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "LoRASBLinear",
+    "LoRASqueezer",
     "LoRAXSLinear",
+    "MomentRestart",
     "NOLALinear",
     "PiSSALinear",
     "RandLoRALinear",
     "SVFitLinear",
     "SingularCoreLinear",
+    "halving_plan",
     "load_nola",
     "load_peft",
     "lora_plus_groups",
     "lora_scaling",
+    "peft_ranks",
+    "ranks_for_energy",
+    "rewarmed",
     "rslora_scaling",
     "save_nola",
     "save_peft",
+    "squeeze",
     "start_lora_sb",
 ]

@@ -200,8 +200,9 @@ class MaestroLinear(WeightLayer):
         m, n = len(self.B), self.A.shape[1]
         if rank * (m + n) > m * n:
             return self.first(prefix_product(self.A, self.B, rank), self.bias).train(self.training)
-        thin = self.first(self.A[:rank], None), self.second(self.B[:, :rank], self.bias)
-        return nn.Sequential(*thin).train(self.training)
+        thin = nn.Sequential(self.first(self.A[:rank], None), self.second(self.B[:, :rank], self.bias))
+        vars(thin)["taken"] = "factored"  # so that `save_pretrained` says what `from_pretrained` could not build
+        return thin.train(self.training)
 
     def first(self, W: Tensor, bias: Tensor | None) -> nn.Module:
         """Return an ordinary layer with this weight, of the class that was replaced, that reads what this one reads."""

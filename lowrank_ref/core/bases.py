@@ -1,5 +1,6 @@
 """The base classes of layers that take the place of others: an adapter trains beside a layer, a weight layer is one."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, no_type_check
 
@@ -13,8 +14,20 @@ from lowrank_ref.core.products import autocasts, is_plain, lora_linear
 from lowrank_ref.core.weights import current, has_own_forward, is_conv1d, updated, weight_of, with_weight
 
 
+class _OwnSignature:
+    """Shows the arguments of a class's `__init__` where its metaclass has a `__call__` for any, which hides them."""
+
+    def __get__(self, cls: Any, kind: type) -> inspect.Signature:
+        if cls is None:
+            raise AttributeError("__signature__")
+        signature = inspect.signature(cls.__init__)
+        return signature.replace(parameters=[*signature.parameters.values()][1:])
+
+
 class _FreezesLast(type):
     """Freezes the base of an adapter when the adapter is whole: an error before that leaves the base as it was."""
+
+    __signature__ = _OwnSignature()
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
         layer = super().__call__(*args, **options)

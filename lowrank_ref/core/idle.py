@@ -1,4 +1,4 @@
-"""Look at each optimizer's first step: built before the surgery? The rate of full fine-tuning? Decay of gates?"""
+"""Look at an optimizer's first step after a surgery: built too early? Does it train, at which rate, with what decay?"""
 
 import logging
 import weakref
@@ -22,16 +22,17 @@ _watching: list[Any] = []
 
 
 def watch(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> None:
-    """Let every optimizer's first step look for these old layers' weights. `pairs` are (old layer, new layer)."""
+    """Let every optimizer's next step look for these old layers' weights. `pairs` are (old layer, new layer)."""
     if not _watching:
         _watching.append(register_optimizer_step_pre_hook(_look))
+    _seen.clear()
     for old, new in pairs:
         for p in old.parameters():
             _layer_of[p] = weakref.ref(new)
 
 
-def _look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Refuse an optimizer that was built too early; warn of a rate that is too low, or of decay that falls on gates.
+def _look(optimizer: torch.optim.Optimizer, arguments: Any, options: Any) -> None:
+    """Refuse an optimizer that was built too early; warn of one that moves little or nothing, or shrinks gates.
 
     Raises:
         ValueError: it holds the old weight of a layer, which gets no gradient any more, and nothing that trains there.
@@ -50,6 +51,17 @@ def _look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         raise ValueError(f"optimizer: got {got}; build the optimizer after replace_linears")
     _seen.add(optimizer)
     living: list[Any] = [layer for layer in (ref() for ref in _layer_of.values()) if layer is not None]
+    in_backward = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in held.values())
+    closure = any(a is not None and a is not optimizer for a in (*arguments, *options.values()))
+    if living and not in_backward and not closure and all(p.grad is None for p in held.values()):
+        what = "none of the optimizer's %d tensors has a gradient, so that its step changes nothing"
+        log.warning(what + "; build it from what trains, after the surgery, and call backward first", len(held))
+    _warn_of_decay(optimizer, living)
+    if isinstance(optimizer, ADAMS):
+        _warn_of_rate(optimizer, living)
+
+
+def _warn_of_decay(optimizer: torch.optim.Optimizer, living: list[Any]) -> None:
     spared = {
         id(getattr(m, name)): f"{name} of {type(m).__name__}" for m in living for name in getattr(m, "no_decay", ())
     }
@@ -60,10 +72,31 @@ def _look(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                 "weight decay %g falls on %s, which it should not shrink; %s", decay, capped(sorted(hit)), advice
             )
             break
-    layers = [layer for layer in living if getattr(layer, "starts_from_weight", True) is False]
-    factors = {id(p) for layer in layers for p in layer.adapter_parameters().values()}
-    for group in optimizer.param_groups if isinstance(optimizer, ADAMS) else ():
+
+
+def _warn_of_rate(optimizer: torch.optim.Optimizer, living: list[Any]) -> None:
+    """Warn of a rate that is too low for factors that start at zero, or for weights that are kept in 16 bits."""
+    factors, told = set(), False
+    for layer in (layer for layer in living if hasattr(layer, "adapter_parameters")):
+        for p in layer.adapter_parameters().values():
+            if not layer.starts_from_weight or not (p.is_meta or p.any()):  # DoRA's B, whatever else it starts from
+                factors.add(id(p))
+    lost, rates = 0, [0.0]
+    for group in optimizer.param_groups:
         rate = float(group.get("initial_lr", group["lr"]))
-        if 0 < rate <= FULL_RATE and any(id(p) in factors for p in group["params"]):
+        if not told and 0 < rate <= FULL_RATE and any(id(p) in factors for p in group["params"]):
             log.warning("learning rate %g is one for full fine-tuning; adapters want about ten times as much", rate)
-            break
+            told = True
+        if few := sum(_loses(p, rate) for p in group["params"] if rate and p.grad is not None) if living else 0:
+            lost, rates = lost + few, [*rates, rate]
+    if lost:
+        what = "steps of %g are lost in most numbers of %d trained tensors, which are kept in 16 bits"
+        log.warning(what + "; let what trains be float32 (p.data = p.data.float()), and take autocast", rates[-1], lost)
+
+
+def _loses(p: torch.Tensor, rate: float) -> bool:
+    """Tell whether most numbers of a tensor in 16 bits stay what they are when `rate` is taken off."""
+    if type(p.detach()) is not torch.Tensor or p.is_meta or p.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    few = p.detach().flatten()[:4096]
+    return bool((few - rate == few).float().mean() > 0.5)

@@ -11,7 +11,7 @@ import inspect
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -96,6 +96,10 @@ def replace_modules(
     Raises:
         TypeError, ValueError: see `replace_linears`.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted an nn.Module")
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise TypeError(f"factory: got {factory!r}, wanted a function of a layer, such as partial(LoRALinear, rank=8)")
     huggingface.refuse_wrapped(model)
     named = [(path, module) for path, module in model.named_modules(remove_duplicate=False) if path]
     hits = select(model, {p: m for p, m in named if accepts(m) and not _inside_adapter(model, p)}, pattern)
@@ -206,6 +210,7 @@ def merge_adapters(model: Model) -> Model:
     put_in_place(model, merged)
     for layer in found.values():
         carry_hooks(layer, merged[id(layer)])
+    idle.watch([(layer, merged[id(layer)]) for layer in found.values()])
     huggingface.follow_ties(model)
     config: Any = getattr(model, "config", None)
     if untied and not hasattr(model, "all_tied_weights_keys") and getattr(config, "tie_word_embeddings", False):
@@ -315,18 +320,18 @@ def _kept(model: nn.Module, trainable: Pattern | None, bases: set[int]) -> set[i
     """Return the ids of the parameters that `trainable` means, without those of adapters' bases."""
     if trainable is None:
         return set()
-    named = dict(model.named_parameters())
-    matches = matcher("trainable", trainable)
-    if not isinstance(trainable, str):
-        parts: Iterable[str] = list(trainable)
-        matches = lambda path: any(f".{part}." in f".{path}." for part in parts)  # noqa: E731
-    hits = {id(p) for path, p in named.items() if matches(path)}
-    if not hits:
-        raise ValueError(no_match(f"trainable: got {trainable!r}, which", trainable, named))
-    if hits <= bases:
+    named = dict(model.named_parameters(remove_duplicate=False))  # a tied one has two names
+    whole, kept = matcher("trainable", trainable), set[int]()
+    for name in [None] if isinstance(trainable, str) else trainable:
+        hits = {id(p) for path, p in named.items() if (whole(path) if name is None else f".{name}." in f".{path}.")}
+        if not hits:
+            which, part = ("which", trainable) if name is None else (f"of which {name!r}", [name])
+            raise ValueError(no_match(f"trainable: got {trainable!r}, {which}", part, named))
+        kept |= hits
+    if kept <= bases:
         what = "matches only weights of adapted layers; every adapter keeps its base frozen"
         raise ValueError(f"trainable: got {trainable!r}, which {what}, wanted other parameters")
-    return hits - bases
+    return kept - bases
 
 
 def _report(model: nn.Module, changed: dict[str, tuple[nn.Module, nn.Module]], trained: set[int]) -> None:

@@ -268,6 +268,88 @@ def randomized_svd(
     return U * signs, S, Vh * signs[:, None]
 
 
+def factored_svd(
+    A: Float[Tensor, "r n"], B: Float[Tensor, "m r"]
+) -> tuple[Float[Tensor, "m k"], Float[Tensor, " k"], Float[Tensor, "k n"]]:
+    """SVD of the product BA, which is never formed: one QR of each factor and the SVD of the small R_B R_Aᵀ.
+
+    O((m + n)r² + r³) instead of O(mn·min(m, n)). Half-precision input is computed in float32 and stays float32.
+
+    Args:
+        A: (r, n), floating point, finite.
+        B: (m, r), of the same dtype.
+
+    Returns:
+        U (m, k), S (k,) in falling order, Vh (k, n), with fixed signs, k = min(m, n, r).
+
+    Raises:
+        TypeError, ValueError: A or B is no finite floating-point matrix, or they are no factors of one product.
+
+    Example:
+        >>> U, S, Vh = factored_svd(torch.tensor([[0.0, 2.0]]), torch.tensor([[3.0], [0.0]]))
+        >>> S.tolist(), (U * S @ Vh).tolist()
+        ([6.0], [[0.0, 6.0], [0.0, 0.0]])
+    """
+    _check_factors(A, B)
+    Q_B, R_B = torch.linalg.qr(B.to(_work_dtype(B)))
+    Q_A, R_A = torch.linalg.qr(A.to(_work_dtype(A)).T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    U = Q_B @ U
+    signs = fixed_signs(U)
+    return U * signs, S, (Vh @ Q_A.T) * signs[:, None]
+
+
+def _check_factors(A: Tensor, B: Tensor) -> None:
+    check_matrix("A", A)
+    check_matrix("B", B)
+    if B.shape[1] != len(A):
+        raise ValueError(f"A, B: got shapes {tuple(A.shape)} and {tuple(B.shape)}, wanted (r, n) and (m, r)")
+
+
+def randomized_factored_svd(
+    A: Float[Tensor, "r n"],
+    B: Float[Tensor, "m r"],
+    rank: int,
+    *,
+    oversample: int = 10,
+    iterations: int = 2,
+    generator: torch.Generator | None = None,
+) -> tuple[Float[Tensor, "m k"], Float[Tensor, " k"], Float[Tensor, "k n"]]:
+    """Truncated SVD of BA from a random sketch; every product goes through the factors, and BA is never formed.
+
+    With rank + oversample >= r the sketch spans all columns of BA, and the result is exact up to rounding.
+
+    Args:
+        A: (r, n), floating point, finite.
+        B: (m, r), of the same dtype.
+        rank: k, 1 <= rank <= min(m, n, r).
+        oversample: extra sketch columns, >= 0; the sketch never exceeds min(m, n, r).
+        iterations: power iterations, >= 0.
+        generator: source of the sketch.
+
+    Returns:
+        U (m, rank), S (rank,), Vh (rank, n), with fixed signs.
+
+    Raises:
+        TypeError, ValueError: what `factored_svd` refuses, or a number is out of range.
+    """
+    _check_factors(A, B)
+    (r, n), m = A.shape, len(B)
+    check_rank(rank, (m, n, r))
+    check_integer("oversample", oversample, low=0)
+    check_integer("iterations", iterations, low=0)
+    A, B = A.to(_work_dtype(A)), B.to(_work_dtype(B))
+    place = generator.device if generator is not None else A.device
+    noise = torch.randn(n, min(rank + oversample, m, n, r), generator=generator, dtype=A.dtype, device=place)
+    Q = torch.linalg.qr(B @ (A @ noise.to(A.device))).Q
+    for _ in range(iterations):
+        Q = torch.linalg.qr(B @ (A @ torch.linalg.qr(A.T @ (B.T @ Q)).Q)).Q
+    U, S, Vh = torch.linalg.svd((Q.T @ B) @ A, full_matrices=False)
+    U = Q @ U[:, :rank]
+    signs = fixed_signs(U)
+    return U * signs, S[:rank], Vh[:rank] * signs[:, None]
+
+
 def captured_energy(G: Float[Tensor, "m n"], P: Float[Tensor, "m r"]) -> float:
     """Share of ‖G‖_F² that survives projection on an orthonormal basis, ‖PᵀG‖² / ‖G‖².
 

@@ -4,6 +4,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -78,16 +79,24 @@ def no_match(start: str, pattern: Pattern, names: Iterable[str], model: nn.Modul
     """
     names, what = list(names), "matches nothing"
     if found := _others(model, pattern) if model is not None else []:
-        kinds = (f"{count} {kind}" for kind, count in Counter(found).most_common())
-        what = f"matches nothing that can be replaced, only {capped(kinds)}"
+        counts = (f"{count} {kind}" for kind, count in Counter(found).most_common())
+        what = f"matches nothing that can be replaced, only {capped(counts)}"
     plain = re.sub(r"[^\w.]+", ".", pattern if isinstance(pattern, str) else " ".join(pattern))
-    near = difflib.get_close_matches(plain, names, n=4, cutoff=0.3) or names[:4]
+    kinds = {re.sub(r"\d+", "*", name): name for name in reversed(names)}  # one name of each kind, the first
+    firsts = [name for name in names if name in kinds.values()]
+    close = [name for name in firsts if _closeness(plain, name) > 0.6]
+    near = [*sorted(close, key=partial(_closeness, plain), reverse=True), *(n for n in firsts if n not in close)][:4]
     if re.sub(r"[^a-z]", "", plain.lower()) == "alllinear":
         what += ' (all layers are the text "all-linear", with a hyphen)'
     elif isinstance(pattern, str) and re.search(r"[,\s]", pattern):
         parts = re.findall(r"[^,\s]+", pattern)
         what += f" (several names are a list: {parts!r})"
     return f"{start} {what}; near candidates are: {', '.join(near) or 'none, the model has no such module'}"
+
+
+def _closeness(wanted: str, path: str) -> float:
+    """Return how near a text is to a path, or to one of the names in it."""
+    return max(difflib.SequenceMatcher(None, wanted, name).ratio() for name in (path, *path.split(".")))
 
 
 def _others(model: nn.Module, pattern: Pattern) -> list[str]:

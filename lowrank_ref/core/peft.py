@@ -147,6 +147,45 @@ def _pattern_hits(pattern: str, path: str) -> bool:
     return matches(pattern, path, starts=[0, *(i + 1 for i, letter in enumerate(path) if letter == ".")])
 
 
+def rank_patterns(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """Return "r", "lora_alpha", "rank_pattern" and "alpha_pattern" as a LoraConfig takes them, with α = s·r.
+
+    The most common rank and α stand once, the others in the patterns.
+
+    Args:
+        layers: path -> (rank, scale), at least one.
+
+    Example:
+        >>> rank_patterns({"up": (4, 2.0), "down": (4, 2.0), "out": (2, 2.0)})["rank_pattern"]
+        {'^out': 2}
+    """
+    ranks = {path: rank for path, (rank, _) in layers.items()}
+    alphas = {path: scale * rank for path, (rank, scale) in layers.items()}
+    alphas = {path: int(a) if float(a).is_integer() else a for path, a in alphas.items()}  # some readers want integers
+    rank, alpha = statistics.mode(ranks.values()), statistics.mode(alphas.values())
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {"^" + re.escape(path): r for path, r in ranks.items() if r != rank},
+        "alpha_pattern": {"^" + re.escape(path): a for path, a in alphas.items() if a != alpha},
+    }
+
+
+def pattern_rank(pattern: Mapping[str, int], path: str) -> int | None:
+    """Return the rank that a `rank_pattern` gives the module at this path, or None: the first key that matches counts.
+
+    A key is a regular expression for the path or for its end after a dot, as in PEFT.
+
+    Raises:
+        ValueError: a key is no plain regular expression.
+
+    Example:
+        >>> pattern_rank({"^a.up": 2, "up": 4}, "b.up"), pattern_rank({"up": 4}, "b.down")
+        (4, None)
+    """
+    return next((rank for key, rank in pattern.items() if _pattern_hits(key, path)), None)
+
+
 def task_name(task_type: str | None) -> str | None:
     """Return a task as PEFT spells it, or None for None; any other word raises a ValueError."""
     if task_type is not None and task_type.upper() not in _TASKS:
@@ -205,10 +244,7 @@ def write_peft(
         )
     if taken := [path for path in extra if any(inner.endswith(path) for inner in _INNER)]:
         raise ValueError(f"extra: got modules {taken}, which PEFT takes for parts of its layers, wanted other names")
-    ranks = {path: layer.rank for path, layer in layers.items()}
-    alphas = {path: layer.scale * layer.rank for path, layer in layers.items()}
-    alphas = {path: int(a) if float(a).is_integer() else a for path, a in alphas.items()}  # some readers want integers
-    rank, alpha = statistics.mode(ranks.values()), statistics.mode(alphas.values())
+    sizes = rank_patterns({path: (layer.rank, layer.scale) for path, layer in layers.items()})
     dropouts = [layer.dropout for layer in layers.values() if layer.kind != "embedding"]  # PEFT knows one for all
     config = {
         "peft_type": "LORA",
@@ -216,10 +252,7 @@ def write_peft(
         "base_model_name_or_path": base_model or None,
         "auto_mapping": dict(auto_mapping) if auto_mapping else None,
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {"^" + re.escape(path): r for path, r in ranks.items() if r != rank},
-        "alpha_pattern": {"^" + re.escape(path): a for path, a in alphas.items() if a != alpha},
+        **sizes,
         "use_rslora": False,
         "use_dora": bool(dora),
         "target_modules": "|".join(map(re.escape, layers)) if exact_targets else list(layers),

@@ -63,10 +63,12 @@ class TrainerActions(TrainerCallback, ExportableState):
         optimizer = innermost(options["optimizer"])
         self._detach()
         for action in self.actions:
-            if not action.attached:
+            own = innermost(getattr(action, "optimizer", optimizer))
+            if not action.attached and own is optimizer:
                 self._mine.append(action.attach(optimizer))
-            elif action._handle.id not in optimizer._optimizer_step_post_hooks:  # type: ignore[union-attr]
-                got = f"a {type(action).__name__} that is attached to another optimizer than the Trainer's"
+            elif own is not optimizer or action._handle.id not in optimizer._optimizer_step_post_hooks:  # type: ignore[union-attr]
+                which = "is attached to" if action.attached else "was made for"
+                got = f"a {type(action).__name__} that {which} another optimizer than the Trainer's"
                 raise ValueError(f"actions: got {got}; hand it over as Trainer(optimizers=(optimizer, None))")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:

@@ -1,6 +1,6 @@
 """The baseline of every rank allocator: train LoRA at one rank, then drop its smallest singular values, model-wide.
 
-No paper's method, three functions. ΔW = s·BA of each layer is written as a sum of rank-one terms by its SVD; the terms
+No paper's method, two functions. ΔW = s·BA of each layer is written as a sum of rank-one terms by its SVD; the terms
 with the most energy σ² per stored number m + n stay until the budget is spent. It changes the output, unlike deleting
 components whose gate is 0, and it is the cheapest way to ask whether ranks had to be learned at all.
 """
@@ -9,21 +9,13 @@ from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from lowrank_ref.adapters.lora import LoRALinear
+from lowrank_ref.adapters.lora_squeeze import split_factors
+from lowrank_ref.adapters.squeeze_targets import lora_of, lora_parts, squeezable
 from lowrank_ref.core.checks import check_finite, check_integer, check_number
-from lowrank_ref.core.layers import AdaptedLinear, Model, adapters, replace_modules
-
-
-def factored_svd(
-    A: Float[Tensor, "r n"], B: Float[Tensor, "m r"]
-) -> tuple[Float[Tensor, "m k"], Float[Tensor, " k"], Float[Tensor, "k n"]]:
-    """Return U, S, Vh of BA in O((m + n)r²): one QR of each factor and the SVD of a small matrix, k = min(m, n, r)."""
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.T)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    return Q_B @ U, S, Vh @ Q_A.T
+from lowrank_ref.core.layers import Model, replace_modules
+from lowrank_ref.core.linalg import factored_svd
 
 
 def ranks_by_energy(
@@ -65,7 +57,7 @@ def ranks_by_energy(
 def prune_by_svd(model: Model, budget: int) -> Model:
     """Replace every LoRA layer by one of smaller rank, or by its base, so that all hold `budget` numbers at most.
 
-    Dropout and train or eval mode stay.
+    Dropout and train or eval mode stay; the factors are those of LoRA-Squeeze with s' = 1.
 
     Args:
         model: all its adapters are of linear layers and have plain `lora_factors()`, such as `LoRALinear`, SoRA and
@@ -81,32 +73,16 @@ def prune_by_svd(model: Model, budget: int) -> Model:
             embeddings, convolutions, RandLoRA): it would keep its numbers beside the budget. The model is unchanged.
     """
     check_integer("budget", budget, low=0)
-    layers = {path: layer for path, layer in adapters(model) if path and isinstance(layer, AdaptedLinear)}
-    others = [f"{type(layer).__name__} at {path!r}" for path, layer in adapters(model) if not _plain(layer)]
-    if not layers or others:
-        got = ", ".join(others[:5]) or type(model).__name__
-        raise ValueError(f"model: got {got}, wanted a model with LoRA layers inside and no other adapters")
-    parts = {path: factored_svd(A, scale * B) for path, layer in layers.items() for A, B, scale in [_factors(layer)]}
-    costs = {path: layer.in_features + layer.out_features for path, layer in layers.items()}
-    ranks = ranks_by_energy({path: S for path, (_, S, _) in parts.items()}, costs, budget)
-    new = {id(layer): _truncated(layer, *parts[path], ranks[path]) for path, layer in layers.items()}
+    layers = {path: layer for path, layer in squeezable(model).items() if path}
+    if not layers:
+        raise ValueError(f"model: got {type(model).__name__}, wanted a model with LoRA layers inside")
+    parts = {path: lora_parts(layer) for path, layer in layers.items()}
+    parts = {path: part for path, part in parts.items() if len(part[0])}  # SoRA's may have no component left
+    triples = {path: factored_svd(A, scale * B) for path, (A, B, scale) in parts.items()}
+    costs = {path: layer.in_features + layer.out_features for path, layer in layers.items() if path in triples}
+    ranks = ranks_by_energy({path: S for path, (_, S, _) in triples.items()}, costs, budget)
+    new = {id(layer): layer.base for layer in layers.values()}
+    for path, (U, S, Vh) in triples.items():
+        if r := ranks[path]:
+            new[id(layers[path])] = lora_of(layers[path], *split_factors(U[:, :r], S[:r], Vh[:r], 1.0), 1.0)
     return replace_modules(model, "", lambda layer: new[id(layer)], accepts=lambda module: id(module) in new)
-
-
-def _plain(layer: nn.Module) -> bool:
-    """Tell adapters of linear layers whose update is the product of their factors; DoRA rescales it."""
-    return isinstance(layer, AdaptedLinear) and hasattr(layer, "lora_factors") and not hasattr(layer, "magnitude")
-
-
-def _factors(layer: nn.Module) -> tuple[Tensor, Tensor, float]:
-    return layer.lora_factors()  # type: ignore[operator]
-
-
-def _truncated(layer: AdaptedLinear, U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> nn.Module:
-    if not rank:
-        return layer.base
-    root = S[:rank].sqrt()
-    dropout = getattr(getattr(layer, "dropout", None), "p", 0.0)
-    new = LoRALinear(layer.base, rank, alpha=float(rank), dropout=dropout, generator=torch.Generator())  # s = 1
-    new.A, new.B = nn.Parameter(root[:, None] * Vh[:rank]), nn.Parameter(U[:, :rank] * root)
-    return new.train(layer.training)

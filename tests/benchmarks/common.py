@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import fcntl
+import hashlib
 import inspect
 import json
 import os
@@ -21,6 +22,7 @@ from torch import nn
 
 from lowrank_ref.lab.results import code_digest
 
+START = time.monotonic()
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 
@@ -111,7 +113,9 @@ class Runs:
         runs = Runs(args.out, "pretraining", setting="...", seconds=args.seconds)
         row = runs.row({"method": "LoRA", "lr": 1e-3, "seed": 0}, lambda: {"loss": train(...)})
 
-    A row whose key is in the file is not measured again. Several processes may fill one file, with different keys.
+    A row whose key is in the file is not measured again. Several processes may fill one file, with different keys; or,
+    with LOWRANK_TOGETHER=NAME in the environment of each, all with the same keys: a row that another process of this
+    name has begun is left to it, and `row` returns the bare key. Another name begins what a killed process left.
     Each row tells in "run" which entry of the part's "runs" it belongs to: the provenance of that day. `Runs` of
     another setting refuse the file's rows.
 
@@ -120,14 +124,14 @@ class Runs:
         part: its part.
         setting: what is the same in all rows, in words.
         packages: whose versions matter.
-        seconds: after so long no run is started; the script ends and says what it was about to do.
+        seconds: so long after the script's start no run is started; the script ends and says what it was about to do.
         extra: further entries of the part.
     """
 
     def __init__(
         self, path: Path, part: str, *, setting: str, packages: tuple[str, ...] = (), seconds: float, **extra: Any
     ):
-        self.path, self.part, self.end = path, part, time.monotonic() + seconds
+        self.path, self.part, self.end = path, part, START + seconds
         self.extra, self.today = {"setting": setting, **extra}, provenance(packages)
         stored = _read(path).get(part, {}).get("setting", setting)
         if stored != setting:
@@ -146,12 +150,27 @@ class Runs:
         if time.monotonic() > self.end:
             print(f"time is up: {len(self.rows)} rows are stored; next would be {key}", flush=True)
             sys.exit(0)
+        if not self._mine(key):
+            return dict(key)
         start = time.monotonic()
         numbers = measure()
         row = {**key, **numbers, "seconds": round(time.monotonic() - start, 1)}
         self._store(row)
         print({k: v for k, v in row.items() if not isinstance(v, list | dict)}, flush=True)
         return row
+
+    def _mine(self, key: dict[str, Any]) -> bool:
+        """Whether no other process that works on this file has begun the row; if so, this one has now."""
+        if not (name := os.environ.get("LOWRANK_TOGETHER")):
+            return True
+        digest = hashlib.sha256(json.dumps([self.part, key], sort_keys=True).encode()).hexdigest()
+        claim = self.path.parent / f"{self.path.stem}.{name}" / digest
+        claim.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            claim.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def _store(self, row: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

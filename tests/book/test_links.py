@@ -24,6 +24,13 @@ def test_linked_files_exist(path):
         assert (ROOT / target).exists(), f"{path.name} links to {target}"
 
 
+@pytest.mark.parametrize("path", links.files_with_links(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_linked_notebooks_are_published(path):
+    """Those on the branch of the pages are made from the chapter of the same name."""
+    for target in re.findall(rf"{links.PAGES}/latest/notebooks/([\w/-]+)\.ipynb", path.read_text(encoding="utf-8")):
+        assert (ROOT / "book" / f"{target}.ipynb").exists(), f"{path.name} links to {target}"
+
+
 @pytest.mark.parametrize("path", links.chapters(), ids=lambda path: path.stem)
 def test_first_code_cell_installs(path):
     code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
@@ -58,9 +65,9 @@ def test_mend(before, after):
 
 def test_addresses(monkeypatch):
     monkeypatch.setattr(links, "repository", lambda: NEW)
-    path = "book/primer.ipynb"
-    assert links.colab(path) == "https://colab.research.google.com/github/alice/low-rank/blob/main/book/primer.ipynb"
-    assert links.binder(path) == "https://mybinder.org/v2/gh/alice/low-rank/main?urlpath=lab/tree/book/primer.ipynb"
+    path, made = "book/primer.ipynb", "latest/notebooks/primer.ipynb"
+    assert links.colab("primer") == f"https://colab.research.google.com/github/alice/low-rank/blob/gh-pages/{made}"
+    assert links.binder("primer") == f"https://mybinder.org/v2/gh/alice/low-rank/gh-pages?urlpath=lab/tree/{made}"
     assert links.site() == "https://alice.github.io/low-rank"
     assert links.site("latest") == "https://alice.github.io/low-rank/latest"
     assert links.source(path) == f"{NEW}/blob/main/book/primer.ipynb"

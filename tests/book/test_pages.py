@@ -24,10 +24,11 @@ def test_page_asks_no_other_server(name):
 @needs_pages
 @each_chapter
 def test_launch_links_lead_to_the_notebook(name):
-    path = "book/" + name.replace(".html", ".ipynb")
+    page = name.removesuffix(".html")
     hrefs = {unquote(href) for href in re.findall(r'href="([^"]+)"', text(name))}
-    assert {links.colab(path), links.binder(path)} <= hrefs
-    assert (ROOT / path).exists()
+    assert {links.colab(page), links.binder(page)} <= hrefs
+    assert not [href for href in hrefs if href.endswith(".ipynb") and ("_sources" in href or "/book/" in href)]
+    assert (HTML.parent / "html" / "notebooks" / f"{page}.ipynb").exists()
 
 
 @needs_pages

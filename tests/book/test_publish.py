@@ -34,6 +34,8 @@ def test_main_becomes_latest_and_earlier_versions_stay(built):
     listed = re.findall('href="(.*?)/index.html"', (site / "versions.html").read_text())
     assert listed == versions(site)
     assert (site / ".nojekyll").exists()
+    for_binder = yaml.safe_load((site / "environment.yml").read_text())
+    assert for_binder["dependencies"][-1] == {"pip": [links.install_target()]}
 
 
 def test_a_tag_gets_its_own_folder(built):

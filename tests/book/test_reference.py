@@ -6,7 +6,7 @@ import api_pages
 import registry_pages
 from docstrings import blocks_kept, linked, summary
 from finish_pages import searchable
-from reading import needs_pages, soup
+from reading import PAGES, needs_pages, soup
 
 from lowrank_ref.core.registry import papers
 from lowrank_ref.optimizers import GaLoreAdamW, GaLoreSGD
@@ -18,6 +18,9 @@ NAMES = {"a.b.prune": "a.b.prune", "a.b.Gate": "a.b.Gate", "Gate": "a.b.Gate", "
 def test_names_become_links():
     assert linked(["`prune` and `prune()`, `rank`"], NAMES, "a.b") == [
         ":py:obj:`prune <a.b.prune>` and :py:obj:`prune <a.b.prune>`, `rank`"
+    ]
+    assert linked(["`prune(net, rank=2)`, `rank(2)`, `prune(a <b>)`"], NAMES, "a.b") == [
+        ":py:obj:`prune(net, rank=2) <a.b.prune>`, `rank(2)`, `prune(a <b>)`"
     ]
     assert linked(["`Gate` in `c.py`, ``Gate``, :py:obj:`Gate`"], NAMES, "a.d") == [
         ":py:obj:`Gate <a.b.Gate>` in :py:obj:`c.py <a.c>`, ``Gate``, :py:obj:`Gate`"
@@ -62,6 +65,13 @@ def test_options_of_a_base_are_shown():
     assert repr(found["basis"].default) == "gram_basis"
     assert {"gate", "alpha", "dropout"} <= set(api_pages.whole_signature(SoRALinear).parameters)
     assert api_pages.whole_signature(GaLoreSGD) is None  # its base says it all
+
+
+@needs_pages
+def test_no_class_hides_its_arguments():
+    for page in (name for name in PAGES if name.startswith("api/")):
+        shown = [tag.get_text() for tag in soup(page).select("dl.class > dt")]
+        assert not [text for text in shown if "*args: Any" in text]  # a Protocol has a bare *args
 
 
 def test_the_packages_name_is_not_searched():

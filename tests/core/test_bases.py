@@ -1,10 +1,12 @@
 """The two base classes of layers: what they freeze, and what they show of themselves."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
 
-from lowrank_ref.adapters import LoRALinear
+from lowrank_ref.adapters import DoRALinear, LoRALinear
 from lowrank_ref.core.bases import AdaptedLinear, WeightLayer
 from lowrank_ref.lowbit import BitLinear
 from lowrank_ref.pretraining import SLTrainLinear
@@ -16,6 +18,14 @@ def test_an_adapter_freezes_its_base_and_trains_its_own():
     assert not any(p.requires_grad for p in layer.base.parameters())
     assert set(layer.adapter_parameters()) == {"A", "B"}
     assert all(p.requires_grad for p in layer.adapter_parameters().values())
+
+
+@pytest.mark.parametrize("kind", [LoRALinear, DoRALinear, AdaptedLinear])
+def test_help_shows_the_arguments_of_an_adapter(kind):
+    """Also on the reference pages and in editors: not those of the metaclass's call, which takes any."""
+    found = inspect.signature(kind)
+    assert [*found.parameters] == [*inspect.signature(kind.__init__).parameters][1:]
+    assert {"base"} <= set(found.parameters) and "args" not in found.parameters
 
 
 def test_an_adapter_of_an_adapter_is_refused():

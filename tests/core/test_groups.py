@@ -10,7 +10,7 @@ from lowrank_ref.adapters import DoRALinear, LoRALinear, LoRAXSLinear, RandLoRAL
 from lowrank_ref.core.groups import optimizer_groups
 from lowrank_ref.core.layers import replace_linears
 from lowrank_ref.lowbit import HGFLinear
-from lowrank_ref.ranks import SoRALinear
+from lowrank_ref.ranks import DiffoRALinear, SoRALinear
 
 
 def groups_of(make):
@@ -32,6 +32,7 @@ def groups_of(make):
         (LoRALinear, {"0.A", "0.B"}, set()),
         (DoRALinear, {"0.A", "0.B"}, {"0.magnitude"}),
         (SoRALinear, {"0.A", "0.B"}, {"0.g"}),
+        (DiffoRALinear, {"0.A", "0.B"}, {"0.logit"}),
         (RandLoRALinear, {"0.lam"}, {"0.gamma"}),
         (LoRAXSLinear, set(), {"0.R"}),
     ],

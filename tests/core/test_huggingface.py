@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lowrank_ref.adapters import LoRAConv2d, LoRAEmbedding, LoRALinear, load_peft, save_peft
+from lowrank_ref.compression import decompose, deployed
 from lowrank_ref.core.groups import optimizer_groups
 from lowrank_ref.core.io import load_adapters, save_adapters
 from lowrank_ref.core.layers import (
@@ -233,6 +234,19 @@ def test_plain_layers_of_gpt2_are_conv1d_again_and_come_back(make, tmp_path):
         warnings.simplefilter("error")
         model.save_pretrained(tmp_path)
     assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("rank, warned", [(3, 2), (None, 0)])
+def test_thin_layers_in_the_place_of_one_are_told(rank, warned, tmp_path):
+    """What Maestro deploys is plain PyTorch, and still no model that `from_pretrained` builds, unless at full rank."""
+    model = decompose(gpt2(), "mlp")
+    plain = deployed(model, None if rank is None else [rank, rank])
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        plain.save_pretrained(tmp_path)
+    assert [f"the model holds {warned} Sequential" in str(w.message) for w in seen] == [True] * bool(warned)
+    if not warned:
+        assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(plain))
 
 
 # Models that multiply with the weights of their layers themselves, or ask for a dtype.

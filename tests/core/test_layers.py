@@ -367,6 +367,19 @@ def test_a_model_inside_ddp_is_refused(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize(
+    "model, factory, message",
+    [
+        ("gpt2", Shift, "model: got str, wanted an nn.Module|Expected type"),
+        (nn.Sequential(nn.Linear(2, 2)), None, "factory: got None, wanted a function of a layer|Expected type"),
+        (nn.Sequential(nn.Linear(2, 2)), Shift(nn.Linear(2, 2)), r"factory: got Shift\(.*wanted a function of a layer"),
+    ],
+)
+def test_a_name_in_place_of_a_model_and_a_layer_in_place_of_a_factory_are_named(model, factory, message):
+    with pytest.raises(TypeError, match=f"(?s){message}"):
+        replace_linears(model, "0", factory)
+
+
 def test_layers_are_built_in_the_order_of_the_model():
     order = []
     replace_linears(net(), "", lambda layer: order.append(layer.out_features) or Shift(layer))

@@ -9,10 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowrank_ref.core.linalg import (
     captured_energy,
     effective_rank,
+    factored_svd,
     fixed_signs,
     gram_basis,
     orthonormal,
     power_basis,
+    randomized_factored_svd,
     randomized_svd,
     stable_rank,
     subspace_basis,
@@ -171,6 +173,66 @@ def test_randomized_svd_is_the_svd_for_a_low_rank_matrix(m, n, data):
     assert_close(U @ S.diag() @ Vh, W, 1e-9)
     assert_close(S, svd(W, rank)[1], 1e-9)
     assert bool((U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all())
+
+
+@given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7))
+def test_factored_svd_is_the_svd_of_the_product(m, n, r):
+    A, B = gaussian(r, n), gaussian(m, r, seed=1)
+    k, eye = min(m, n, r), torch.eye(min(m, n, r), dtype=torch.float64)
+    for U, S, Vh in (factored_svd(A, B), randomized_factored_svd(A, B, k, oversample=0, generator=seeded())):
+        assert U.shape == (m, k) and S.shape == (k,) and Vh.shape == (k, n)
+        for got, wanted in (
+            (U * S @ Vh, B @ A),
+            (S, torch.linalg.svdvals(B @ A)[:k]),
+            (U.T @ U, eye),
+            (Vh @ Vh.T, eye),
+        ):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+        assert bool((fixed_signs(U) == 1).all())
+
+
+def test_a_product_of_zeros_and_dependent_factors_have_an_svd():
+    A, B = gaussian(3, 6), torch.zeros(5, 3, dtype=torch.float64)
+    pairs = [(A, B), (B.T, A.T), (torch.cat([A, A]), gaussian(5, 6, seed=2))]
+    for A, B in pairs:
+        for U, S, Vh in (factored_svd(A, B), randomized_factored_svd(A, B, 3, generator=seeded())):
+            torch.testing.assert_close(U * S @ Vh, B @ A, rtol=0, atol=1e-12)
+            torch.testing.assert_close(Vh @ Vh.T, torch.eye(len(S), dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_factors_in_half_precision_are_decomposed_in_float32():
+    A, B = gaussian(2, 5).bfloat16(), gaussian(4, 2, seed=1).bfloat16()
+    for triple in (factored_svd(A, B), randomized_factored_svd(A, B, 1, generator=seeded())):
+        assert all(part.dtype == torch.float32 for part in triple)
+
+
+def test_a_narrow_sketch_nears_the_svd_and_sharpens_with_iterations():
+    A, B = decaying(24, 40, 0.8), torch.linalg.qr(gaussian(30, 24, 3)).Q
+    exact, errors = factored_svd(A, B)[1][:4], []
+    for iterations in (0, 1, 2, 4):
+        S = randomized_factored_svd(A, B, 4, oversample=4, iterations=iterations, generator=seeded())[1]
+        errors.append(float((S - exact).abs().max()))
+    assert errors == sorted(errors, reverse=True) and errors[0] > 1e-2 and errors[-1] < 1e-4
+
+
+@pytest.mark.parametrize(
+    "A, B, options, error, message",
+    [
+        (torch.ones(2, 3), torch.ones(4, 3), {}, ValueError, r"A, B: got shapes \(2, 3\) and \(4, 3\)"),
+        (torch.ones(2, 3).long(), torch.ones(4, 2), {}, TypeError, "A: got dtype"),
+        (torch.ones(2, 3), torch.ones(4, 2) / 0, {}, ValueError, "B: got 8 NaN or infinite"),
+        (torch.ones(2, 3), torch.ones(4), {}, ValueError, "B: got shape"),
+        (torch.ones(2, 3), torch.ones(4, 2), {"rank": 3}, ValueError, "rank: got 3"),
+        (torch.ones(2, 3), torch.ones(4, 2), {"oversample": -1}, ValueError, "oversample: got -1"),
+        (torch.ones(2, 3), torch.ones(4, 2), {"iterations": 0.5}, TypeError, "iterations: got 0.5"),
+    ],
+)
+def test_bad_factors_are_named(A, B, options, error, message, no_shape_checks):
+    with pytest.raises(error, match=message):
+        randomized_factored_svd(A, B, **{"rank": 1, **options})
+    if not options:
+        with pytest.raises(error, match=message):
+            factored_svd(A, B)
 
 
 def test_captured_energy_is_the_share_of_squared_singular_values():

@@ -69,7 +69,13 @@ def test_what_an_error_says(pattern, error, message):
 
 
 @pytest.mark.parametrize(
-    "trainable, message", [("*score", "no regular expression"), (["scor"], "matches nothing; near")]
+    "trainable, message",
+    [
+        ("*score", "no regular expression"),
+        (["scor"], "of which 'scor' matches nothing; near candidates are: score"),
+        (["score", "nrom"], "of which 'nrom' matches nothing; near candidates are: .*norm"),
+        (["q_proj"], "matches only weights of adapted layers"),
+    ],
 )
 def test_trainable_is_read_alike(trainable, message):
     with pytest.raises(ValueError, match=f"trainable: got .*{message}"):
@@ -80,6 +86,19 @@ def test_trainable_takes_names_of_modules_and_parameters():
     net = replace_linears(model(1), ["q_proj"], Zero, trainable=["score.bias", "norm"])
     trained = [name for name, p in net.named_parameters() if p.requires_grad]
     assert trained == ["layers.0.q_proj.shift", "layers.0.norm.weight", "layers.0.norm.bias", "score.bias"]
+
+
+def test_near_candidates_are_of_several_kinds():
+    """Names of another model are told by what this one has, not by one name of four layers."""
+    with pytest.raises(ValueError, match=r"near candidates are: layers\.0\.q_proj, layers\.0\.mq_proj, score$"):
+        replace_linears(model(12), ["q_prj"], Zero)
+
+
+def test_trainable_takes_the_second_name_of_a_tied_weight():
+    net = model(1)
+    net["answer"] = nn.Linear(4, 4, bias=False)
+    net["answer"].weight = net["layers"][0]["norm"].weight
+    assert replace_linears(net, ["q_proj"], Zero, trainable=["answer"])["answer"].weight.requires_grad
 
 
 def test_adapted_already():

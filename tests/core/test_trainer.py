@@ -140,6 +140,10 @@ def test_an_action_on_another_optimizer_would_never_act(tmp_path):
     model, actions, _ = sora()
     with pytest.raises(ValueError, match=r"ProximalGates that is attached to another.*optimizers=\(optimizer, None"):
         run((model, actions, None), tmp_path, 1)
+    model, actions, _ = sora()
+    actions[0].detach()
+    with pytest.raises(ValueError, match=r"ProximalGates that was made for another.*optimizers=\(optimizer, None"):
+        run((model, actions, None), tmp_path, 1)
 
 
 @pytest.mark.parametrize("make", [sora, hgf, maestro])

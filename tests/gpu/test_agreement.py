@@ -137,7 +137,9 @@ def test_layers_agree(name, dtype, device):
         torch.testing.assert_close(got[key], value, rtol=0, atol=atol, msg=lambda m, key=key: f"{name}, {key}: {m}")
 
 
-@pytest.mark.parametrize("name", ["MPSLinear", "LoRALinear", "RandLoRALinear", "SoRALinear", "DoRALinear"])
+@pytest.mark.parametrize(
+    "name", ["MPSLinear", "LoRALinear", "RandLoRALinear", "SoRALinear", "IncreLoRALinear", "DoRALinear"]
+)
 def test_generators_of_both_devices_are_accepted(name, device, generators):
     base = wide(torch.float32)
     on_device = copy.deepcopy(base).to(device)
@@ -146,7 +148,7 @@ def test_generators_of_both_devices_are_accepted(name, device, generators):
         layer = battery.LAYERS[name](on_device, generator=generator)
         again = battery.LAYERS[name](on_device, generator=torch.Generator(generator.device).manual_seed(3))
         for key, value in layer.state_dict().items():
-            assert value.device.type == device, key
+            assert value.device.type == device or key.endswith("_extra_state"), key  # numbers of the host
             assert torch.equal(value, again.state_dict()[key]), key
             if generator.device.type == "cpu":
                 torch.testing.assert_close(value.cpu(), plain[key], rtol=1e-5, atol=1e-6)

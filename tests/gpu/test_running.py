@@ -126,7 +126,8 @@ def test_adapter_files_move_between_devices(name, back, device, tmp_path):
     old, new = moved(model(here, 1)), model(there, 2)
     save_adapters(old, tmp_path / "x")
     load_adapters(new, tmp_path / "x")
-    assert {t.device.type for t in new.state_dict().values()} == {there}
+    places = {t.device.type for name, t in new.state_dict().items() if not name.endswith("_extra_state")}
+    assert places == {there}
     x = battery.gaussian(5, N)
     start = model(there, 2)(x.to(there)).cpu()
     assert (start - old(x.to(here)).cpu()).abs().max() > 1e-3

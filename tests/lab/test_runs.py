@@ -64,6 +64,18 @@ def test_a_table_grows_over_several_days_and_measures_nothing_twice(bench, tmp_p
     assert [run["date"] == "2000-01-01" for run in grown["all"]["runs"]] == [True, False]
 
 
+def test_processes_together_leave_each_other_what_they_began(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWRANK_TOGETHER", "day1")
+    told, stored = bench()
+    assert told.count("measured") == 3
+    del stored["all"]["rows"][0]  # as if it were still being measured
+    (tmp_path / "out.json").write_text(json.dumps(stored))
+    assert "measured" not in bench()[0]
+    monkeypatch.setenv("LOWRANK_TOGETHER", "day2")
+    told, stored = bench()
+    assert told.count("measured") == 1 and len(stored["all"]["rows"]) == 3
+
+
 def test_rows_of_another_setting_are_not_mixed(bench, tmp_path):
     (tmp_path / "out.json").write_text(json.dumps({"all": {"setting": "large", "rows": [], "provenance": {}}}))
     told, stored = bench(code=1)

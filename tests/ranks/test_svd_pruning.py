@@ -12,7 +12,7 @@ from torch import nn
 from lowrank_ref.adapters import DoRALinear, LoRAConv2d, LoRAEmbedding, LoRALinear
 from lowrank_ref.core.layers import adapters, replace_linears
 from lowrank_ref.ranks.sora import SoRALinear
-from lowrank_ref.ranks.svd_pruning import factored_svd, prune_by_svd, ranks_by_energy
+from lowrank_ref.ranks.svd_pruning import prune_by_svd, ranks_by_energy
 
 
 def seeded(seed=0):
@@ -31,19 +31,6 @@ def net(make=LoRALinear):
         with torch.no_grad():
             layer.B.copy_(gaussian(*layer.B.shape, seed=3))
     return model
-
-
-@given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 7))
-def test_factored_svd_is_the_svd_of_the_product(m, n, r):
-    A, B = gaussian(r, n), gaussian(m, r, seed=1)
-    U, S, Vh = factored_svd(A, B)
-    k = min(m, n, r)
-    assert U.shape == (m, k) and S.shape == (k,) and Vh.shape == (k, n)
-    torch.testing.assert_close(U * S @ Vh, B @ A, rtol=0, atol=1e-10)
-    torch.testing.assert_close(S, torch.linalg.svdvals(B @ A)[:k], rtol=0, atol=1e-10)
-    eye = torch.eye(k, dtype=torch.float64)
-    torch.testing.assert_close(U.T @ U, eye, rtol=0, atol=1e-10)
-    torch.testing.assert_close(Vh @ Vh.T, eye, rtol=0, atol=1e-10)
 
 
 @given(st.integers(0, 10))

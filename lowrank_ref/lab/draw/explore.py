@@ -32,6 +32,7 @@ border:1px solid color-mix(in srgb,currentColor 22%,transparent)}
 .lr-explore .lr-row,.lr-explore label{display:contents}
 .lr-explore input{width:100%;height:1.9em;margin:0;accent-color:#0072b2;cursor:pointer}
 .lr-explore output{font-weight:600;font-variant-numeric:tabular-nums}
+.lr-explore dl dt,.lr-explore dl dd{float:none;width:auto}
 .lr-explore .lr-caption{margin:.6em 0 .2em;font-size:.88em;line-height:1.45;opacity:.85}
 .lr-explore .lr-said{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 @media(pointer:coarse){.lr-explore input{height:44px}}
@@ -231,8 +232,9 @@ def slider(label: str, texts: Sequence[str], start: int) -> str:
     return (
         f'<div class="lr-row"><label><span class="lr-name">{escape(label)}</span>'
         f'<input type="range" min="0" max="{len(texts) - 1}" value="{start}" aria-valuetext="{text}" '
-        # A fixed width for the value keeps the slider still while its value changes.
-        f'autocomplete="off" disabled></label><output aria-live="off" style="min-width:{max(map(len, texts))}ch">'
+        # Arrow keys stay with the slider, in JupyterLab too; a fixed width of the value keeps it still while it moves.
+        f'autocomplete="off" data-lm-suppress-shortcuts="true" disabled></label>'
+        f'<output aria-live="off" style="min-width:{max(map(len, texts))}ch">'
         f"{text}</output></div>"
     )
 

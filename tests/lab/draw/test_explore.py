@@ -52,6 +52,7 @@ def test_accessible_structure():
     assert re.search(
         r'<label><span[^>]*>rank r</span><input type="range" min="0" max="2" value="1"[^>]*></label>', e.html
     )
+    assert 'data-lm-suppress-shortcuts="true" disabled></label>' in e.html  # JupyterLab's keys
     assert e.html.count('aria-live="off"') == 1 and e.html.count('role="status"') == 1  # one voice only
 
 

@@ -1,0 +1,40 @@
+"""Post-Squeeze against direct training on a grid that goes to lower rates (CPU, about 5 minutes on one core).
+
+    python tests/benchmarks/bench_lora_squeeze_post.py --out book/results/lora_squeeze_post.json
+
+What is cut after the last step is best trained at a lower rate than those of `bench_lora_squeeze_small.py`; network,
+task and training are the same.
+"""
+
+import re
+from functools import partial
+
+import torch
+from bench_lora_squeeze_small import RATES, SEEDS, STEPS, Recipe, row
+from common import Runs, arguments
+
+LOWER = (0.00125, 0.0025, *RATES)
+ARMS = {
+    **{f"direct, k={k}": Recipe(k) for k in (1, 2, 4, 8, 16)},
+    **{f"Post 16 to k, k={k}": Recipe(16, ((1.0, k),)) for k in (1, 2, 4, 8)},
+    "Post 64 to k, k=16": Recipe(64, ((1.0, 16),)),
+}
+
+
+def main() -> None:
+    """Run all arms."""
+    args = arguments(__doc__ or "", ("post",))
+    torch.set_num_threads(1)
+    steps = 10 if args.tiny else STEPS
+    setting = f"digits turned, as in lora_squeeze_small; Adam, {steps} steps of 64 images, lower rates"
+    runs = Runs(args.out, "post", setting=setting, seconds=args.seconds)
+    for name, recipe in ARMS.items():
+        for lr in LOWER[:1] if args.tiny else LOWER:
+            for seed in SEEDS[:1] if args.tiny else SEEDS:
+                if re.search(args.only, name):
+                    key = {"method": name, "lr": lr, "seed": seed}
+                    runs.row(key, partial(row, recipe, "turned", lr, seed, steps))
+
+
+if __name__ == "__main__":
+    main()
