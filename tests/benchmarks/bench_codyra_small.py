@@ -61,7 +61,7 @@ class Setting:
         rank: r, cut to min(m, n) where a layer is smaller.
         gate: None for LoRA, else how w starts: "normal" or "ones".
         shrink: sum of CoDyRA's thresholds.
-        falling: thresholds in proportion to the rate, which falls from the first step on, in the place of the late ramp.
+        falling: thresholds in proportion to the rate, which falls from the first step on, instead of the late ramp.
         start: what w is multiplied with at the start.
         trained: whether w gets gradients.
         ratio: rate of w over that of A and B.
