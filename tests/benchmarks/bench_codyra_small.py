@@ -140,8 +140,8 @@ OTHERS = {
 RATES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
 #: Arms whose best rate is higher; as many rates.
 FASTER = r"r=1$|r=2$|half the steps|× 0\.5|decay [13]|untrained|shrink 1"
-#: Controls that need no more than a passage through plasticity 0.7: the four rates in the middle.
-MIDDLE = r"falling|w = 0\.6"
+#: Controls that need no more than a passage through plasticity 0.7: the five lowest rates.
+LOWER = r"falling|w = 0\.6"
 REGRESSIONS = {
     name: (MAIN | OTHERS)[name]
     for name in (
@@ -517,7 +517,7 @@ def main() -> None:
                 continue
             if part == "turned":
                 rates = tuple(2 * lr for lr in RATES) if re.search(FASTER, name) else RATES
-                rates = rates[1:5] if re.search(MIDDLE, name) else rates
+                rates = rates[:5] if re.search(LOWER, name) else rates
                 seeds = range(12 if name in MAIN else 6)
             elif part == "regressions":
                 rates, seeds = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016), range(6)
