@@ -67,7 +67,7 @@ def one_renumbered(model: nn.Module, generator: torch.Generator, which: int) -> 
 
 
 def hidden_renumbered(model: nn.Module, generator: torch.Generator) -> None:
-    """Number the hidden units in a drawn order, which keeps the function, then adapt with 8 pivots a layer."""
+    """Number the hidden units in a drawn order, which leaves the function as it is; adapt with 8 pivots a layer."""
     first, middle, last = model.layers
     p, q = (torch.randperm(len(layer.weight), generator=generator) for layer in (first, middle))
     with torch.no_grad():
