@@ -72,6 +72,7 @@ SWEEPS = {
     "diffora": (
         *("diffora_small", "transformer", "valid"),
         *("DiffoRA K=14", "uniform r=2", "small vision transformer"),
+    ),
     "bayesian_lora": (
         *("bayesian_lora_small", "digits", "log10 valid"),
         *("B-LoRA μ=0.01 φ-rate 0.1", "LoRA r=8", "small MLP"),
