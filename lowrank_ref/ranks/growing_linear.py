@@ -5,7 +5,7 @@ block is active, in reserve, or off. What is off requires no gradient: an optimi
 keeps no state for it. When it begins to train its state begins at zero, Adam's count of steps too. No shape ever
 changes, so optimizer and schedule are built once, and a checkpoint of any rank fits.
 
-In one process: DDP does not see parameters that begin to train after it was built, and needs to be built anew then.
+Grows in one process: DDP does not see parameters that begin to train after it was built.
 """
 
 from collections.abc import Callable, Iterator

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from lowrank_ref.adapters import (
     DoRALinear,
+    LoLDULinear,
     LoRALinear,
+    LoRASqueezer,
     LoRAXSLinear,
     NOLALinear,
     PiSSALinear,
@@ -32,6 +34,7 @@ from lowrank_ref.adapters import (
     start_lora_sb,
 )
 from lowrank_ref.adapters.randlora import block_count
+from lowrank_ref.adapters.squeeze_training import halving_plan
 from lowrank_ref.analysis import MPSLinear
 from lowrank_ref.analysis.mps_adapter import near_square
 from lowrank_ref.core.accounting import nbytes, numel, state_bytes
@@ -253,6 +256,17 @@ def lora_cut_halfway(model: nn.Module, size: int, bed: Bed, generator: torch.Gen
     return Setup(actions=actions, finish=lambda _: {"state bytes": float(cuts[-1].most - other)})
 
 
+def squeezed(model: nn.Module, size: int, bed: Bed, generator: torch.Generator) -> Setup:
+    """Train LoRA of the large rank and halve the rank at equal intervals, down to `size`."""
+    most = 8.0 * count(METHODS["LoRA"], layer_shapes(model, bed), LARGE)  # bytes of Adam's two moments
+    low_rank(LoRALinear)(model, LARGE, bed, generator)
+
+    def actions(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[LoRASqueezer]:
+        return [LoRASqueezer(model, optimizer, halving_plan(LARGE, size, steps))]
+
+    return Setup(actions=actions, finish=lambda _: {"state bytes": most})
+
+
 def _target(bed: Bed, path: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and re.search(bed.layers, path) is not None
 
@@ -313,6 +327,13 @@ METHODS: dict[str, Method] = {
         lambda m, n, r: min(r, m, n),
         drawn=False,
     ),
+    "LoLDU": Method(
+        "the diagonal of the LDU factors of every layer",
+        each(lambda linear, r, g: LoLDULinear(linear, capped(r, linear), store_bases=False, generator=g)),
+        {"digits": 0.03, "verses": 0.03, "speeches": 0.03},
+        lambda m, n, r: min(r, m, n),
+        drawn=False,
+    ),
     "LoRA-SB": Method("a core between frames of the first gradient", lora_sb, BY_CORE, _core),
     "LoRA-XS": Method(
         "a core between frames of W",
@@ -331,6 +352,9 @@ METHODS: dict[str, Method] = {
     "SVD cut": Method(f"LoRA r={LARGE}, then cut by its SVD", lora_cut, BY_LARGE, _lora, sizes=_few),
     "cut, then finish": Method(
         f"LoRA r={LARGE} for half of the steps, then cut", lora_cut_halfway, BY_LARGE, _lora, sizes=_few
+    ),
+    "LoRA-Squeeze": Method(
+        f"LoRA r={LARGE}, its rank halved at equal intervals", squeezed, BY_LARGE, _lora, sizes=_few
     ),
     "biases": Method(
         "biases of the same layers",

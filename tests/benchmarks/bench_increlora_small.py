@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_ref.adapters import LoRALinear
-from lowrank_ref.adapters.lora import lora_scaling
 from lowrank_ref.core.accounting import numel
 from lowrank_ref.core.layers import AdaptedLinear, adapters, replace_linears
 from lowrank_ref.lab.beds import classification_loss, planted_rank, pretrained_on_digits
@@ -56,10 +55,8 @@ GROWING: dict[str, dict[str, Any]] = {
     "norm 1, no advance": {"std": None, "advance": False},
     "norm 1, neither": {"std": None, "weight": 0.0, "advance": False},
     "squared R": {"squared": True},
-    "one clock": {"clocks": "one"},
-    "late warm-up, one decay": {"clocks": "late"},
-    "all warm up again": {"clocks": "all"},
-    "α/r": {"scaling": lora_scaling, "alpha": 16.0},
+    "one clock": {"restart": False},
+    "every 10": {"every": 0.25},
     "score by √(mn)": {"power": 0.5},
 }
 
@@ -207,26 +204,6 @@ class TracedChosen(Traced, Chosen):
     """Both."""
 
 
-def clocks(optimizer: torch.optim.Optimizer, growth: RankGrowth, bed: Bed, kind: str) -> Any:
-    """Return the schedule: per group, one for all, or with a warm-up but no decay of a group's own."""
-    if kind in ("restart", "one"):
-        restart = kind == "restart"
-        return growth_schedule(optimizer, growth, steps=bed.steps, warmup=bed.warmup, restart=restart)
-
-    def factor(key: tuple[str, int] | None) -> Callable[[int], float]:
-        def of_step(step: int) -> float:
-            births = growth.births.get(key[0], ()) if key else ()
-            if kind == "all":
-                born = max((times[-1] for times in growth.births.values() if times), default=0)
-            else:
-                born = (births[key[1] - 1] if len(births) >= key[1] else step) if key else 0
-            return min(1.0, (step - born) / bed.warmup) * clock(step, warmup=bed.warmup, total=bed.steps)
-
-        return of_step
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, [factor(g.get("growth")) for g in optimizer.param_groups])
-
-
 def spread_out(model: nn.Module) -> None:
     """Make the vectors of all components about 1 long."""
     for _, layer in adapters(model):
@@ -244,7 +221,7 @@ def grown(
     weight: float = 0.1,
     squared: bool = False,
     every: float = 1.0,
-    clocks_: str = "restart",
+    restart: bool = True,
     std: float | None = 0.02,
     power: float = 1.0,
     traced: bool = False,
@@ -263,7 +240,8 @@ def grown(
         make = type(chooser, (make,), {"kind": chooser, "draw": torch.Generator().manual_seed(1000 + seed)})
     interval = max(1, round(bed.every * every))
     growth = make(model, optimizer, budget=bed.budget, every=interval, power=power)
-    actions = [growth, clocks(optimizer, growth, bed, clocks_)]
+    schedule = growth_schedule(optimizer, growth, steps=bed.steps, warmup=bed.warmup, restart=restart)
+    actions = [growth, schedule]
     penalty = (lambda m: weight * orthogonality_penalty(m, squared=squared)) if weight else None
     fit(bed, model, optimizer, actions=actions, penalty=penalty, clocked=True)
     return model, growth
@@ -409,9 +387,7 @@ def run(part: str, name: str, lr: float, seed: int, steps: int | None) -> dict[s
     uniform = [task.budget // len(task.layers)] * len(task.layers)
     try:
         if name in GROWING:
-            options = dict(GROWING[name])
-            options["clocks_"] = options.pop("clocks", "restart")
-            model, growth = grown(task, lr, seed, **options)
+            model, growth = grown(task, lr, seed, **GROWING[name])
             more = {"active": list(grown_ranks(model).values())}
             return result(task, model) | more
         if name.startswith("SoRA"):
@@ -436,9 +412,6 @@ def baseline(task: Bed, name: str, lr: float, seed: int, uniform: list[int]) -> 
         return svd_form(task, lr, seed, uniform)
     if name == "oracle":
         return lora(task, lr, seed, (0, 1, 1, 8))
-    if name == "cut after 0.5 to its numbers, finish":
-        found = grown_ranks(grown(task, lr=0.08, seed=seed)[0])
-        return cut_then_finish(task, lr, seed, 0.5, sum(r * sum(task.shape(path)) for path, r in found.items()))
     return lora(task, lr, seed, FOUND[::-1] if "reversed" in name else FOUND)
 
 
@@ -450,18 +423,12 @@ BASELINES = (
     "LoRA r=12, cut",
     "cut after 0.5, finish",
     "SoRA λ=0.4",
-    "SoRA λ=0.8",
-    "AdaLoRA from 12",
-    "SVD form, equal ranks",
 )
-DIGITS = (
-    *("IncreLoRA", "random", "in turn", "score by √(mn)"),
-    *BASELINES,
-    *("LoRA r=4", "cut after 0.5 to its numbers, finish"),
-)
+DIGITS = ("IncreLoRA", "random", "in turn", "score by √(mn)", *BASELINES)
 PLANTED = (
     *(name for name in GROWING if name != "score by √(mn)"),
-    *("oracle", *BASELINES, "LoRA, IncreLoRA's ranks", "LoRA, IncreLoRA's ranks reversed"),
+    *("oracle", *BASELINES, "SoRA λ=0.8", "AdaLoRA from 12", "SVD form, equal ranks"),
+    *("LoRA, IncreLoRA's ranks", "LoRA, IncreLoRA's ranks reversed"),
 )
 
 

@@ -90,7 +90,7 @@ def verse_data(device: str, tiny: bool) -> tuple[nn.ModuleList, dict[str, tuple[
 
 
 def loss_fn(top: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy under a drawn head: the new head of zeros would stop the gradients before the start."""
+    """Return the cross-entropy under a drawn head: gradients before the start, which a head of zeros would stop."""
     drawn = 0.02 * torch.randn(top.head.weight.shape, generator=torch.Generator().manual_seed(0))
     for layer in top.layers:
         hidden = run_layer(layer, hidden)

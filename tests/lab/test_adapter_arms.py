@@ -37,17 +37,17 @@ def test_the_size_that_fits_keeps_the_budget_and_the_next_one_does_not(name, bud
         assert name in ("full", "head only", "DoRA")
         return
     model, setup = prepared(name, size)
-    if "cut" not in name:
+    if "cut" not in name and name != "LoRA-Squeeze":
         assert 0 < adapter_arms.stored_size(model, DIGITS)["numbers"] <= budget
     if method.numbers is not None:
         shapes = adapter_arms.layer_shapes(plain, DIGITS)
         counts = [adapter_arms.count(method, shapes, s) for s in method.sizes(shapes, 2 * budget)]
         assert adapter_arms.count(method, shapes, size) == max(c for c in counts if c <= budget)
-        if "cut" not in name:
+        if "cut" not in name and name != "LoRA-Squeeze":
             assert adapter_arms.stored_size(model, DIGITS)["numbers"] == adapter_arms.count(method, shapes, size)
 
 
-@pytest.mark.parametrize("name", ["full cut", "SVD cut", "cut, then finish"])
+@pytest.mark.parametrize("name", ["full cut", "SVD cut", "cut, then finish", "LoRA-Squeeze"])
 def test_what_is_cut_stores_the_budget_and_starts_from_more(name):
     row = bench_comparison.digits_row(name, 2, 0.01, 0, 6)
     assert 800 < row["numbers"] <= 1172 < row["trainable"] and row["bytes"] == 4 * row["numbers"]
