@@ -69,21 +69,21 @@ SWEEPS = {
         *("sora_scale", "verses", "test_loss"),
         *("SoRA λ=0.3", "LoRA r=8", "sentence encoder"),
     ),
+    "increlora": (
+        *("increlora_small", "planted", "valid"),
+        *("IncreLoRA", "LoRA r=3", "four planted layers"),
+    ),
     "diffora": (
         *("diffora_small", "transformer", "valid"),
         *("DiffoRA K=14", "uniform r=2", "small vision transformer"),
-    ),
-    "bayesian_lora": (
-        *("bayesian_lora_small", "digits", "log10 valid"),
-        *("B-LoRA μ=0.01 φ-rate 0.1", "LoRA r=8", "small MLP"),
     ),
     "codyra": (
         *("codyra_small", "regressions", "valid last"),
         *("CoDyRA, shrink 0.65", "LoRA r=16", "small network, four tasks"),
     ),
-    "increlora": (
-        *("increlora_small", "planted", "valid"),
-        *("IncreLoRA", "LoRA r=3", "four planted layers"),
+    "bayesian_lora": (
+        *("bayesian_lora_small", "digits", "log10 valid"),
+        *("B-LoRA μ=0.01 φ-rate 0.1", "LoRA r=8", "small MLP"),
     ),
     "galore": (
         *("galore_scale", "pretraining", "valid"),
