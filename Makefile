@@ -26,8 +26,8 @@ unit: $(INSTALLED) ## the unit tests only
 coverage: $(INSTALLED) ## the unit tests, and which lines they reach: 95 % at least
 	@$(RUN) book/tools/check.py coverage
 
-notebooks: $(INSTALLED) ## run the chapters in place and refresh their outputs
-	@$(RUN) tests/benchmarks/bench_comparison.py --out book/results/comparison.json
+notebooks: $(INSTALLED) ## measure what the comparison lacks, run the chapters in place, refresh their outputs
+	@$(RUN) tests/benchmarks/bench_comparison.py --out book/results/comparison.json --part digits_shift --part allocators
 	@$(RUN) book/tools/execute.py --in-place
 
 fresh: $(INSTALLED) ## run the chapters as Colab would: alone, with what they install; compare their outputs

@@ -60,10 +60,15 @@ CALLS = {
     ("adapters", "LoRAConv2d"): lambda **k: adapters.LoRAConv2d(nn.Conv2d(4, 4, 1), 2, **k),
     ("adapters", "LoRAEmbedding"): lambda **k: adapters.LoRAEmbedding(nn.Embedding(4, 4), 2, **k),
     ("adapters", "LoRALinear"): lambda **k: adapters.LoRALinear(nn.Linear(4, 4), 2, **k),
+    ("adapters", "LoRASBLinear"): lambda **k: adapters.LoRASBLinear(
+        nn.Linear(4, 4), *torch.eye(4).expand(3, 4, 4), **k
+    ),
+    ("adapters", "NOLALinear"): lambda **k: adapters.NOLALinear(nn.Linear(4, 4), 2, **k),
     ("adapters", "PiSSALinear"): lambda **k: adapters.PiSSALinear(nn.Linear(4, 4), 2, **k),
     ("adapters", "RandLoRALinear"): lambda **k: adapters.RandLoRALinear(nn.Linear(4, 4), 2, **k),
     ("adapters", "lora_scaling"): lambda **k: adapters.lora_scaling(rank=2, **k),
     ("adapters", "rslora_scaling"): lambda **k: adapters.rslora_scaling(rank=2, **k),
+    ("analysis", "MPSLinear"): lambda **k: analysis.MPSLinear(nn.Linear(4, 4), 2, **k),
     ("analysis", "marchenko_pastur_density"): lambda **k: analysis.marchenko_pastur_density(torch.ones(2), **k),
     ("adapters", "lora_plus_groups"): lambda **k: adapters.lora_plus_groups(gated(), **{"lr": 0.1} | k),
     ("compression", "RankShrinker"): lambda **k: compression.RankShrinker(
@@ -86,6 +91,7 @@ CALLS = {
     ("ranks", "ModuleSearch"): lambda **k: ranks.ModuleSearch(
         nn.Sequential(ranks.DiffoRALinear(nn.Linear(4, 4), 2)), lambda *_: torch.ones(()), lambda i: (), **k
     ),
+    ("ranks", "IncreLoRALinear"): lambda **k: ranks.IncreLoRALinear(nn.Linear(4, 4), **k),
     ("ranks", "SoRALinear"): lambda **k: ranks.SoRALinear(nn.Linear(4, 4), 2, **k),
     ("ranks", "gate_groups"): lambda **k: ranks.gate_groups(gated(), **k),
     ("ranks", "soft_threshold"): lambda **k: ranks.soft_threshold(torch.ones(3), **k),

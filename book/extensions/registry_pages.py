@@ -53,6 +53,10 @@ SWEEPS = {
         *("nola_small", "turned", "valid"),
         *("NOLA r=8 k=64", "LoRA r=8", "small MLP"),
     ),
+    "loldu": (
+        *("loldu_small", "turned", "valid loss"),
+        *("LoLDU", "LoRA r=8", "small MLP"),
+    ),
     "lora_sb": (
         *("lora_sb_small", "digits", "valid loss"),
         *("LoRA-SB r=8", "LoRA, s = 2 r=8", "small MLP"),
@@ -64,6 +68,14 @@ SWEEPS = {
     "sora": (
         *("sora_scale", "verses", "test_loss"),
         *("SoRA λ=0.3", "LoRA r=8", "sentence encoder"),
+    ),
+    "diffora": (
+        *("diffora_small", "transformer", "valid"),
+        *("DiffoRA K=14", "uniform r=2", "small vision transformer"),
+    ),
+    "bayesian_lora": (
+        *("bayesian_lora_small", "digits", "log10 valid"),
+        *("B-LoRA μ=0.01 φ-rate 0.1", "LoRA r=8", "small MLP"),
     ),
     "codyra": (
         *("codyra_small", "regressions", "valid last"),

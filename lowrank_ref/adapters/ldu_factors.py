@@ -84,9 +84,10 @@ def choose_factors(
 def start_diagonal(
     D: Float[Tensor, " r"], start: str = "lu", generator: torch.Generator | None = None
 ) -> Float[Tensor, " r"]:
-    """Return z⁰: D ("lu"), U(-|m|/2, |m|/2) ("uniform"), N(m, sd²), m ("constant"), U(-1, 1), N(0, 1), ones or zeros.
+    """Return z⁰, where z starts: "lu" is D, "constant" m, "uniform" a uniform draw within half of m of either sign.
 
-    m is the mean of D, sd its standard deviation (n - 1 in the denominator). The names are those of `LDU_STARTS`.
+    "normal" is N(m, sd²), with m the mean of D and sd its deviation (r - 1 in the denominator); "s_uniform" is
+    U(-1, 1), "s_normal" N(0, 1); "ones" and "zeros" are what they say.
 
     Raises:
         ValueError: another start.

@@ -61,14 +61,35 @@ def provenance(part: dict[str, Any]) -> str:
 
 
 def code_digest(path: Path) -> str:
-    """Return 12 hexadecimal digits of what a Python file does: layout, comments and docstrings do not count."""
+    """Return 12 hexadecimal digits of what a Python file does, the same under every version of Python.
+
+    Layout, comments, docstrings and a paper's card do not count.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if not _is_card(node)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
             node
         ):
             node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
+    return hashlib.sha256(_dumped(tree).encode()).hexdigest()[:12]
+
+
+def _is_card(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Assign) and [getattr(target, "id", "") for target in node.targets] == ["PAPER"]
+
+
+def _dumped(node: Any) -> str:
+    """A tree as text, without empty fields and parts of f-strings: versions of Python differ in these."""
+    if isinstance(node, ast.JoinedStr):
+        parts = [part for part in node.values if getattr(part, "value", None) != ""]
+        return f"JoinedStr({_dumped(parts)})"
+    if isinstance(node, list):
+        return f"[{','.join(map(_dumped, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
+    return f"{type(node).__name__}({','.join(f'{name}={_dumped(value)}' for name, value in fields)})"
 
 
 def older_than_code(results: Mapping[str, Any], root: Path = _ROOT) -> dict[str, list[str]]:

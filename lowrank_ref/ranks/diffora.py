@@ -216,9 +216,9 @@ PAPER = PaperInfo(
     authors=("Tangyu Jiang", "Haodi Wang", "Chun Yuan"),
     arxiv="2502.08905v2",
     summary="Ask which modules should have an adapter at all, and let a gate for each module learn the answer.",
-    use_when="you must leave most modules untouched, and can pay for a search before you train",
+    use_when="you have reason to think that most modules need no change, and can pay for a search of the others",
     instead={
-        "lora": "one short run is all you can pay for",
+        "lora": "every module needs something, or one short run is all you can pay for",
         "sora": "the ranks may differ and what counts is the sum of numbers, not of modules",
     },
     needs=("lora",),

@@ -61,6 +61,8 @@ class Setting:
         rank: r, cut to min(m, n) where a layer is smaller.
         gate: None for LoRA, else how w starts: "normal" or "ones".
         shrink: sum of CoDyRA's thresholds.
+        falling: thresholds in proportion to the rate, which falls from the first step on, instead of the late ramp.
+        start: what w is multiplied with at the start.
         trained: whether w gets gradients.
         ratio: rate of w over that of A and B.
         sora: λ of SoRA's coupled step in the place of CoDyRA's ramp.
@@ -77,6 +79,8 @@ class Setting:
     rank: int = 16
     gate: str | None = None
     shrink: float = 0.0
+    falling: bool = False
+    start: float = 1.0
     trained: bool = True
     ratio: float = 1.0
     sora: float | None = None
@@ -104,6 +108,8 @@ MAIN = {
     "CoDyRA, shrink 0.65": replace(GATED, shrink=0.65),
     "CoDyRA, shrink 0.65, w untrained": replace(GATED, shrink=0.65, trained=False),
     "CoDyRA, w = 1, rate × 7, shrink 1": replace(ONES, ratio=7.0, shrink=1.0),
+    "CoDyRA, w = 1, shrink 0.4": replace(ONES, shrink=0.4),
+    "LoRA r=16, decay 3": replace(LORA, decay=3.0),
 }
 OTHERS = {
     "LoRA r=8": replace(LORA, rank=8),
@@ -111,7 +117,6 @@ OTHERS = {
     "LoRA r=16, one adapter": replace(LORA, once=True),
     "LoRA r=16, replay 20": replace(LORA, replay=20),
     "LoRA r=16, decay 0.3": replace(LORA, decay=0.3),
-    "LoRA r=16, decay 3": replace(LORA, decay=3.0),
     "LoRA r=16, merged × 0.5": replace(LORA, factor=0.5),
     "LoRA r=16, half the steps": replace(LORA, share=0.5),
     "LoRA r=16, SVD to half": replace(LORA, svd=0.5),
@@ -125,14 +130,18 @@ OTHERS = {
     "CoDyRA, shrink 0, w untrained": replace(GATED, trained=False),
     "CoDyRA, random half": replace(GATED, random=0.484),
     "CoDyRA, as released": replace(GATED, shrink=0.65, released=True),
-    "CoDyRA, w = 1, shrink 0.4": replace(ONES, shrink=0.4),
     "CoDyRA, w = 1, shrink 0.4, w untrained": replace(ONES, shrink=0.4, trained=False),
+    "CoDyRA, shrink 0.65, falling": replace(GATED, shrink=0.65, falling=True),
+    "CoDyRA, w = 1, shrink 0.4, w untrained, falling": replace(ONES, shrink=0.4, trained=False, falling=True),
+    "CoDyRA, w = 0.6, w untrained": replace(ONES, start=0.6, trained=False),
     "CoDyRA, w = 1, rate × 7, shrink 1.5": replace(ONES, ratio=7.0, shrink=1.5),
     "CoDyRA, w = 1, rate × 7, shrink 0": replace(ONES, ratio=7.0),
 }
 RATES = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
 #: Arms whose best rate is higher; as many rates.
 FASTER = r"r=1$|r=2$|half the steps|× 0\.5|decay [13]|untrained|shrink 1"
+#: Controls that need no more than a passage through plasticity 0.7: the five lowest rates.
+LOWER = r"falling|w = 0\.6"
 REGRESSIONS = {
     name: (MAIN | OTHERS)[name]
     for name in (
@@ -186,6 +195,8 @@ def put_in(model: nn.Module, s: Setting, generator: torch.Generator) -> None:
     """Adapt all layers for a task."""
     if s.gate is not None:
         start_task(model, "", s.rank, gate=s.gate, generator=generator)
+        for g in rank_gates(model).values():
+            g.data.mul_(s.start)
         return
 
     def lora(linear: nn.Module) -> nn.Module:
@@ -218,7 +229,11 @@ def actions_of(
         return [RandomZeros(model, steps // 2, s.random, generator)]
     operator = released_threshold if s.released else soft_threshold
     levels = min(50, steps // 2)  # less in a tiny run only
-    return [RankSelection(model, optimizer, steps=steps, shrink=s.shrink, levels=levels, operator=operator)]
+    selection = RankSelection(model, optimizer, steps=steps, shrink=s.shrink, levels=levels, operator=operator)
+    if s.falling:
+        rate = [linear_decay(steps)(i) for i in range(steps)]
+        selection.thresholds = [s.shrink * r / sum(rate) for r in rate]
+    return [selection]
 
 
 def mixed(new: Callable[[int], Any], old: Sequence[tuple[Tensor, Tensor]], seed: int) -> Callable[[int], Any]:
@@ -502,6 +517,7 @@ def main() -> None:
                 continue
             if part == "turned":
                 rates = tuple(2 * lr for lr in RATES) if re.search(FASTER, name) else RATES
+                rates = rates[:5] if re.search(LOWER, name) else rates
                 seeds = range(12 if name in MAIN else 6)
             elif part == "regressions":
                 rates, seeds = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016), range(6)

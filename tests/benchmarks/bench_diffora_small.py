@@ -4,15 +4,11 @@
 
 search, noisy: how many of the three planted modules of six each way to choose finds, at five rates.
 planted, unequal: test error after training with the choice; in "unequal" all layers but one need something.
-choices: all 20 ways to choose three of the six modules.
-gram: smallest eigenvalues of the Gram matrices of all 63 subsets of modules, and the loss after 100 steps.
-turned, relabelled: digits turned by 90 degrees, or with other labels, on a network of three layers.
 transformer: a vision transformer of four blocks, 28 modules, from upright digits to digits turned by 90 degrees.
 """
 
 import copy
 import functools
-import itertools
 import math
 import random
 import re
@@ -31,7 +27,7 @@ from lowrank_ref.adapters.gradient_start import gradient_sums
 from lowrank_ref.core.accounting import numel
 from lowrank_ref.core.groups import optimizer_groups
 from lowrank_ref.core.layers import adapters, replace_linears
-from lowrank_ref.lab.beds import classification_loss, planted_rank, pretrained_on_digits, shifted_digits
+from lowrank_ref.lab.beds import classification_loss, planted_rank
 from lowrank_ref.lab.data import array_batches, digits
 from lowrank_ref.lab.models import ViT
 from lowrank_ref.lab.train import train
@@ -49,7 +45,6 @@ from lowrank_ref.ranks import (
     update_norms,
 )
 from lowrank_ref.ranks.diffora import search_layers
-from lowrank_ref.ranks.module_gram import module_grams, smallest_eigenvalue
 
 #: s of every adapter, whatever its rank.
 SCALE = 2.0
@@ -109,14 +104,6 @@ def planted_bed(seed: int, *, ranks: tuple[int, ...] = (0, 0, 0, 4, 4, 4), tiny:
     planted = tuple(f"layers.{i}" for i, r in enumerate(mixed) if r >= 4)
     steps = (12, 6) if tiny else (1200, 400)
     return Bed(task.base, r"^layers\.", data, squared, min(128, len(data[0])), 2, 4, *steps, planted)
-
-
-def digits_bed(shift: str, *, tiny: bool) -> Bed:
-    """A network 64-128-128-10 that knows upright digits."""
-    d = shifted_digits(shift)
-    data = d.x_train, d.y_train, d.x_valid, d.y_valid, d.x_test, d.y_test
-    steps = (12, 6) if tiny else (200, 67)
-    return Bed(pretrained_on_digits(), "", data, classification_loss, 64, 2, 8, *steps)
 
 
 class Pictures(nn.Module):
@@ -299,9 +286,6 @@ def trained(bed: Bed, name: str, lr: float, seed: int) -> tuple[nn.Module, dict[
             scores = {path: float(-paths.index(path)) for path in bed.costs}
         elif name.startswith("planted"):
             scores = {path: float(path in bed.planted) for path in bed.costs}
-        else:  # modules told by number
-            picked = [int(i) for i in re.findall(r"\d+", name)]
-            scores, K = {path: float(i in picked) for i, path in enumerate(bed.costs)}, len(picked)
         chosen = chosen_by(scores, K, bed)
         model = lora(bed, torch.Generator(), bed.high, DiffoRALinear)
     ranks: Any = bed.rank_of(chosen) if share == "none" else bed.high
@@ -333,45 +317,12 @@ def choose(bed: Bed, name: str, lr: float, seed: int) -> dict[str, Any]:
     return row
 
 
-def grams(bed: Bed, seed: int) -> dict[str, Any]:
-    """Smallest eigenvalues of the Gram matrices of 32 rows, of all subsets of modules; loss after 100 steps of 20."""
-    x, paths = bed.data[0][:32].double(), list(bed.costs)
-    generator = torch.Generator().manual_seed(seed)
-
-    def kernels(rank: int) -> dict[str, Tensor]:
-        return module_grams(lora(bed, generator, rank).double(), x)
-
-    whole, by_rank = kernels(4), {k: kernels(12 // k) for k in (1, 2, 3, 4, 6)}
-    rows, losses = [], []
-    for count in range(1, 7):
-        for subset in itertools.combinations(range(6), count):
-            total = sum(whole[paths[i]] for i in subset)
-            row = {"modules": list(subset), "sum": smallest_eigenvalue(total), "mean": 0.0}
-            row["mean"] = row["sum"] / count
-            if count in by_rank:
-                row["equal"] = smallest_eigenvalue(sum(by_rank[count][paths[i]] for i in subset))
-            if count == 3:
-                losses.append(after(bed, subset, seed))
-                row["loss"] = losses[-1]
-            rows.append({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
-    return {"subsets": rows}
-
-
-def after(bed: Bed, subset: Sequence[int], seed: int) -> float:
-    """Log10 of the test error of some modules at r = 4 after 100 steps at rate 0.01."""
-    chosen = [list(bed.costs)[i] for i in subset]
-    model = lora(bed, torch.Generator(), 4, DiffoRALinear)
-    keep_modules(model, chosen, rank=4, generator=torch.Generator().manual_seed(seed))
-    return measured(bed, fit(bed, model, 0.01, seed, max(2, bed.steps // 12)))["loss"]
-
-
 SORA = ("SoRA λ=0.1", "SoRA λ=0.3", "SoRA λ=0.6")
 PLANTED = (
     "DiffoRA K=3",
     "DiffoRA K=3, softmax",
     "DiffoRA K=3, by norm",
     "DiffoRA K=3, search beside",
-    "DiffoRA K=3, θ at 0.1",
     "DiffoRA K=3, smallest",
     "DiffoRA K=3, shared",
     "DiffoRA K=3, shared the other way",
@@ -386,38 +337,15 @@ PLANTED = (
     "SVD cut, finished",
     *SORA,
 )
-UNEQUAL = ("DiffoRA K=3", "DiffoRA K=3, by norm", "random K=3", "uniform r=2", "SVD cut", "SVD cut, finished")
-DIGITS = (
-    "DiffoRA K=1",
-    "DiffoRA K=1, by norm",
-    "DiffoRA K=1, θ at 0.1",
-    "DiffoRA K=2",
-    *("modules 0", "modules 1", "modules 2", "modules 0 1", "modules 0 2", "modules 1 2"),
-    "random K=1",
-    "gradient K=1",
-    "norm K=1",
-    "uniform r=2",
-    "uniform r=2, fewer steps",
-    "SVD cut",
-    "SVD cut, finished",
-    *SORA,
-)
+UNEQUAL = ("DiffoRA K=3", "DiffoRA K=3, by norm", "random K=3")
 VIT = (
-    "DiffoRA K=7",
+    "random K=14",
     "DiffoRA K=14",
     "DiffoRA K=14, by norm",
     "DiffoRA K=14, θ at 0.1",
     "DiffoRA K=14, smallest",
-    "random K=7",
-    "random K=14",
-    "gradient K=14",
-    "norm K=14",
     "uniform r=2",
-    "uniform r=2, fewer steps",
-    "uniform r=8",
     "SVD cut",
-    "SVD cut, finished",
-    *SORA,
 )
 CHOOSE = (
     "search",
@@ -432,18 +360,13 @@ CHOOSE = (
     "LoRA, 100 steps",
 )
 PLANTED_RATES = (0.0025, 0.005, 0.01, 0.02, 0.04)
-DIGITS_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
-VIT_RATES = (0.0015, 0.003, 0.006, 0.012, 0.024)
-PARTS = ("search", "noisy", "planted", "unequal", "choices", "gram", "turned", "relabelled", "transformer")
+VIT_RATES = (0.003, 0.006, 0.012, 0.024)
+PARTS = ("search", "noisy", "planted", "unequal", "transformer")
 SETTING = {
     "search": "six layers h + tanh(Wh), width 32, rank 4 planted in three of them, 1,024 rows, noise 0.05; 400 steps",
     "noisy": "the same with 256 rows and noise 0.2",
     "planted": "the bed of part search; 1,200 steps in all, 400 of them for a search; budget 768 numbers, s = 2",
     "unequal": "the same with planted ranks 0, 1, 2, 4, 4, 4 in an order drawn",
-    "choices": "the bed of part search; all 20 choices of three modules at rank 4, 400 steps at rate 0.01",
-    "gram": "the bed of part search before training; 32 rows",
-    "turned": "MLP 64-128-128-10 from upright digits to digits turned by 90 degrees; 200 steps in all, 67 for a search",
-    "relabelled": "the same to upright digits with every label one higher",
     "transformer": "ViT of 4 blocks, width 32, from upright digits to digits turned by 90 degrees; 240 steps of 32 in"
     " all, 80 for a search; budget LoRA r = 2 on 28 modules, s = 2",
 }
@@ -454,26 +377,19 @@ def jobs(part: str, tiny: bool) -> list[tuple[dict[str, Any], Callable[[], dict[
     beds = {
         "noisy": partial(planted_bed, rows=256, noise=0.2, tiny=tiny),
         "unequal": partial(planted_bed, ranks=(0, 1, 2, 4, 4, 4), tiny=tiny),
-        "turned": lambda seed: digits_bed("turned", tiny=tiny),
-        "relabelled": lambda seed: digits_bed("relabelled", tiny=tiny),
         "transformer": lambda seed: vit_bed(tiny=tiny),
     }
     bed: Callable[[int], Bed] = beds.get(part, partial(planted_bed, tiny=tiny))
     seeds = SEEDS[:1] if tiny else SEEDS
-    if part == "gram":
-        return [({"seed": seed}, lambda seed=seed: grams(bed(seed), seed)) for seed in seeds]
-    arms = {"planted": PLANTED, "unequal": UNEQUAL, "turned": DIGITS, "relabelled": DIGITS, "transformer": VIT}
-    rates = {"turned": DIGITS_RATES, "relabelled": DIGITS_RATES, "transformer": VIT_RATES, "choices": (0.01,)}
+    arms = {"planted": PLANTED, "unequal": UNEQUAL, "transformer": VIT}
+    rates = {"transformer": VIT_RATES}
     names = arms.get(part, CHOOSE)
-    if part == "choices":
-        names = tuple("modules " + " ".join(map(str, three)) for three in itertools.combinations(range(6), 3))
-    work = choose if part in ("search", "noisy") else run if part != "choices" else short
+    work = choose if part in ("search", "noisy") else run
     listed = []
     for name in names:
         grid = rates.get(part, PLANTED_RATES)
-        many = range(len(seeds) if tiny else 10) if part == "transformer" and name.startswith("random") else seeds
         for lr in grid[:1] if tiny else grid:
-            for seed in many:
+            for seed in seeds:
                 key = {"method": name, "lr": lr, "seed": seed}
                 listed.append((key, lambda name=name, lr=lr, seed=seed: work(bed(seed), name, lr, seed)))
     if part in ("search", "noisy"):
@@ -482,12 +398,6 @@ def jobs(part: str, tiny: bool) -> list[tuple[dict[str, Any], Callable[[], dict[
             for seed in seeds
         ]
     return listed
-
-
-def short(bed: Bed, name: str, lr: float, seed: int) -> dict[str, Any]:
-    """Train some modules for as many steps as a search takes."""
-    cut = Bed(*(getattr(bed, f) for f in ("base", "pattern", "data", "loss", "batch", "rank", "high", "search")), 2)
-    return run(cut, name, lr, seed)
 
 
 def main() -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_lora import ALL_LINEAR, build
+from bench_lora import build
 from common import MIB, Runs, arguments, peak_mib, reset_peak, synchronize
+from later_speeches import ALL_LINEAR
 from torch import Tensor, nn
 
 from lowrank_ref.adapters import LoRALinear, LoRASBLinear, LoRAXSLinear, start_lora_sb

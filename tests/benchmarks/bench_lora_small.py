@@ -17,8 +17,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench_lora import ALL_LINEAR, ARMS, CONTROL, REST, Plan, Runs, domain_shift, messages, more_of_the_old, tuned
-from common import arguments
+from bench_lora import ARMS, CONTROL, Plan, domain_shift, tuned
+from common import Runs, arguments
+from later_speeches import ALL_LINEAR, REST, messages, more_of_the_old
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -1,19 +1,19 @@
-"""Post-Squeeze against direct training on a grid that goes to lower rates (CPU, about 5 minutes on one core).
+"""Two lower rates for Post-Squeeze and direct training, beside the six of another script (CPU, two minutes on a core).
 
     python tests/benchmarks/bench_lora_squeeze_post.py --out book/results/lora_squeeze_post.json
 
-What is cut after the last step is best trained at a lower rate than those of `bench_lora_squeeze_small.py`; network,
-task and training are the same.
+What is cut after the last step may be best trained at a lower rate than those of `bench_lora_squeeze_small.py`.
+Network, task and training are the same, and the chapter joins the rows of both.
 """
 
 import re
 from functools import partial
 
 import torch
-from bench_lora_squeeze_small import RATES, SEEDS, STEPS, Recipe, row
+from bench_lora_squeeze_small import SEEDS, STEPS, Recipe, row
 from common import Runs, arguments
 
-LOWER = (0.00125, 0.0025, *RATES)
+LOWER = (0.00125, 0.0025)
 ARMS = {
     **{f"direct, k={k}": Recipe(k) for k in (1, 2, 4, 8, 16)},
     **{f"Post 16 to k, k={k}": Recipe(16, ((1.0, k),)) for k in (1, 2, 4, 8)},

@@ -54,7 +54,6 @@ WITHOUT_COMMIT = {
     "artificial_entanglement_scale, attention",
     "artificial_entanglement_scale, controls",
     "artificial_entanglement_scale, fine_tuning",
-    "comparison, digits_shift",
     "galore_long, training",
     "galore_scale, memory",
     "galore_scale, pretraining",

@@ -8,6 +8,7 @@ import torch
 from battery import seeded
 from torch import nn
 
+from lowrank_ref.adapters import LoRALinear, LoRASqueezer
 from lowrank_ref.compression import MaestroLinear, RankSampler, RankShrinker
 from lowrank_ref.core.groups import optimizer_groups
 from lowrank_ref.core.layers import replace_linears
@@ -53,6 +54,13 @@ def maestro():
     return model, [RankShrinker(model, threshold=0.5, every=3), RankSampler(model, generator=seeded())], None
 
 
+def squeezed():
+    """With parameters that become others between the start and the checkpoint."""
+    model = replace_linears(Regression(), "", lambda layer: LoRALinear(layer, 4, generator=seeded()))
+    optimizer = torch.optim.AdamW(optimizer_groups(model, lr=0.05, weight_decay=0.1))
+    return model, [LoRASqueezer(model, optimizer, {2: 3, 5: {"2": 1}}, scale=1.5)], optimizer
+
+
 def run(made, folder, steps, callbacks=None, stop=None, **options):
     """Train to the end of the schedule, or up to a step at which the run is cut off."""
     model, actions, optimizer = made
@@ -81,7 +89,7 @@ def equal(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("make", [sora, hgf, maestro])
+@pytest.mark.parametrize("make", [sora, hgf, maestro, squeezed])
 def test_a_resumed_run_ends_in_the_same_bits(make, tmp_path):
     whole, first, second = make(), make(), make()
     run(whole, tmp_path / "a", 7)
@@ -146,7 +154,7 @@ def test_an_action_on_another_optimizer_would_never_act(tmp_path):
         run((model, actions, None), tmp_path, 1)
 
 
-@pytest.mark.parametrize("make", [sora, hgf, maestro])
+@pytest.mark.parametrize("make", [sora, hgf, maestro, squeezed])
 def test_accelerate_saves_registered_actions(make, tmp_path):
     def run(stop=None, start=None):
         model, actions, optimizer = make()

@@ -102,8 +102,10 @@ CODE = 'def f(x):\n    """Double."""\n    return 2 * x\n'
         ('def f(x):  # why\n    """Twice."""\n    return 2*x', True),
         ("def f(x):\n    return 2 * x", True),
         ('"""Head."""\n' + CODE, True),
+        (CODE + 'PAPER = PaperInfo(key="a")\n', True),
         (CODE.replace("2", "3"), False),
         (CODE.replace("x", "y"), False),
+        (CODE + 'OTHER = ["", 1]\n', False),
         (CODE + "f(1)", False),
     ],
 )
@@ -112,6 +114,12 @@ def test_a_digest_follows_what_code_does(text, same, tmp_path):
     a.write_text(CODE)
     b.write_text(text)
     assert (results.code_digest(a) == results.code_digest(b)) == same
+
+
+def test_a_digest_is_the_same_under_every_python(tmp_path):
+    """3.12 gives functions a list of type parameters, and f-strings with a nested width an empty end."""
+    (tmp_path / "a.py").write_text("class A:\n    def f(self, x, w):\n        return f'{x:{w}} of {x:,}', ['']\n")
+    assert results.code_digest(tmp_path / "a.py") == "d7fce6965645"
 
 
 def test_results_older_than_their_code_are_named(tmp_path):

@@ -1,6 +1,7 @@
 """A small network learns upright digits; the task is the same digits turned by 90°, or shifted in another way."""
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -74,7 +75,15 @@ def _measure(model: nn.Module, data: Arrays) -> dict[str, float]:
 
 
 def digits_shift(
-    adapt: Adapt, lr: float, seed: int, *, steps: int = 200, actions: Actions | None = None, shift: str = "turned"
+    adapt: Adapt,
+    lr: float,
+    seed: int,
+    *,
+    steps: int = 200,
+    actions: Actions | None = None,
+    loss_fn: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor] = classification_loss,
+    finish: Callable[[nn.Module], Mapping[str, float] | None] | None = None,
+    shift: str = "turned",
 ) -> dict[str, float]:
     """Adapt the upright network to digits turned by 90°, or another shift, and measure it.
 
@@ -85,12 +94,15 @@ def digits_shift(
         seed: of the batches and of the generator handed to `adapt`.
         steps: optimizer steps of 64 images.
         actions: (model, optimizer) -> what acts after each step of the optimizer, such as a rank allocator.
+        loss_fn: (model, images, labels) -> what is minimised, such as the cross-entropy and a regulariser.
+        finish: called with the trained model before it is measured, and may change it in place, as a cut to a smaller
+            rank does; the numbers that it returns join the others.
         shift: the task, see `shifted_digits`.
 
     Returns:
         "train loss", "valid loss" (on 297 images, to choose a rate by) and "loss" (on 500 test images) in nats,
-        "accuracy" (share of the test images), "trainable", the count of trained numbers, and "state bytes", the bytes
-        of Adam's state.
+        "accuracy" (share of the test images), "trainable", the count of numbers that train at the start, and "state
+        bytes", the bytes of Adam's state at the end.
     """
     data, model = shifted_digits(shift), pretrained_on_digits()
     optimizer = adapted(adapt, model, lr, seed)
@@ -98,7 +110,7 @@ def digits_shift(
     train(
         model,
         array_batches(data.x_train, data.y_train, batch=64, seed=seed),
-        classification_loss,
+        loss_fn,
         optimizer,
         steps=steps,
         schedule=linear_decay(steps),
@@ -106,4 +118,5 @@ def digits_shift(
         progress=False,
     )
     counts = {"trainable": float(numel(trained)), "state bytes": float(state_bytes(optimizer))}
-    return {**_measure(model, data), **counts}
+    more = dict(finish(model) or {}) if finish is not None else {}
+    return {**_measure(model, data), **counts, **more}

@@ -73,3 +73,28 @@ def test_another_shift_is_refused_and_each_is_a_task():
         digits_shift(lambda model, generator: None, 0.1, 0, shift="bent")
     start = [digits_shift(lambda model, g: None, 1e-9, 0, steps=1, shift=s)["accuracy"] for s in ("moved", "negative")]
     assert start[0] < 0.6 and start[1] < 0.6
+
+
+def test_a_loss_of_ones_own_is_what_is_minimised():
+    def nothing(model, x, y):
+        return 0.0 * model(x).sum()
+
+    start = digits_shift(lambda model, g: None, 0.01, 0, steps=3, loss_fn=nothing)
+    again = digits_shift(lambda model, g: None, 0.02, 1, steps=2, loss_fn=nothing)
+    plain = digits_shift(lambda model, g: None, 0.01, 0, steps=3)
+    assert start == again and plain["train loss"] < start["train loss"]
+
+
+def test_finish_sees_the_trained_model_before_it_is_measured():
+    seen = []
+
+    def undo(model):
+        seen.append(model.layers[0].weight.clone())
+        model.load_state_dict(pretrained_on_digits().state_dict())
+        return {"kept": 7.0}
+
+    found = digits_shift(lambda model, g: None, 0.01, 0, steps=3, finish=undo)
+    untouched = digits_shift(lambda model, g: None, 1e-9, 0, steps=1)
+    assert not torch.equal(seen[0], pretrained_on_digits().layers[0].weight)
+    assert found["kept"] == 7 and abs(found["loss"] - untouched["loss"]) < 1e-5
+    assert "kept" not in digits_shift(lambda model, g: None, 0.01, 0, steps=1, finish=lambda model: None)
