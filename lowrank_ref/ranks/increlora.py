@@ -16,8 +16,8 @@ Letters: A (r, n) has the aᵢ as rows, B (m, r) the bᵢ as columns, λ (r) has
 
 Deviations. s is constant, so that growth adds 1e-5·s·b aᵀ and nothing else; the official code has α/r of the present
 rank, `scaling=lora_scaling`. Its score is divided by √(mn), not mn: `power=0.5`. After the last round it goes on
-training the unused reserve by R; here that rests. It lets all layers that tie grow; here the first ones. New groups
-start at rate 0; there their first step has the full one.
+training the unused reserve by R; here that rests. It lets all layers that tie grow; here the first ones. Its rounds
+come before the step, with one score more.
 Cost per layer: (r + q)(m + n) + r trained numbers with their Adam state, capacity·(m + n + 1) stored ones. While scores
 are taken, ΔW and G are (m, n) matrices; afterwards a step costs what LoRA's does.
 """

@@ -410,6 +410,8 @@ def baseline(task: Bed, name: str, lr: float, seed: int, uniform: list[int]) -> 
         return adalora(task, lr, seed, int(match[1]))
     if name == "SVD form, equal ranks":
         return svd_form(task, lr, seed, uniform)
+    if name == "SVD form, IncreLoRA's ranks":
+        return svd_form(task, lr, seed, FOUND)
     if name == "oracle":
         return lora(task, lr, seed, (0, 1, 1, 8))
     return lora(task, lr, seed, FOUND[::-1] if "reversed" in name else FOUND)
@@ -428,6 +430,7 @@ DIGITS = ("IncreLoRA", "random", "in turn", "score by √(mn)", *BASELINES)
 PLANTED = (
     *(name for name in GROWING if name != "score by √(mn)"),
     *("oracle", *BASELINES, "SoRA λ=0.8", "AdaLoRA from 12", "SVD form, equal ranks"),
+    "SVD form, IncreLoRA's ranks",
     *("LoRA, IncreLoRA's ranks", "LoRA, IncreLoRA's ranks reversed"),
 )
 
