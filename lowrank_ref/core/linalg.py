@@ -286,9 +286,10 @@ def factored_svd(
         TypeError, ValueError: A or B is no finite floating-point matrix, or they are no factors of one product.
 
     Example:
-        >>> U, S, Vh = factored_svd(torch.tensor([[0.0, 2.0]]), torch.tensor([[3.0], [0.0]]))
-        >>> S.tolist(), (U * S @ Vh).tolist()
-        ([6.0], [[0.0, 6.0], [0.0, 0.0]])
+        >>> A, B = torch.tensor([[0.0, 2.0]]), torch.tensor([[3.0], [0.0]])
+        >>> U, S, Vh = factored_svd(A, B)
+        >>> S.tolist(), torch.allclose(U * S @ Vh, B @ A)
+        ([6.0], True)
     """
     _check_factors(A, B)
     Q_B, R_B = torch.linalg.qr(B.to(_work_dtype(B)))

@@ -184,8 +184,7 @@ def test_a_graph_that_is_still_alive_does_no_harm():
     assert value.grad_fn is not None and model[0].rank == 1
 
 
-def test_it_compiles_before_and_after():
-    torch._dynamo.reset()
+def test_it_compiles_before_and_after(no_shape_checks):
     model, optimizer = lora()
     compiled = torch.compile(model, backend="eager")
     LoRASqueezer(model, optimizer, {2: 2}).attach(optimizer)
@@ -211,7 +210,7 @@ def test_a_squeezed_run_is_a_peft_folder(tmp_path):
 # Around it.
 
 
-def test_halving_by_hand():
+def test_halving_by_hand(no_shape_checks):
     assert halving_plan(16, 4, 300) == {100: 8, 200: 4}
     assert halving_plan(16, 1, 300) == {60: 8, 120: 4, 180: 2, 240: 1}
     assert halving_plan(6, 2, 9) == {3: 3, 6: 2}
@@ -230,7 +229,7 @@ def test_a_rewarmed_schedule_by_hand():
             rewarmed(lambda step: 1.0, times, warmup)
 
 
-def test_a_restart_forgets_all_and_moves_nothing():
+def test_a_restart_forgets_all_and_moves_nothing(no_shape_checks):
     model, optimizer = lora()
     restart = MomentRestart(optimizer, [2]).attach(optimizer)
     twin, steps = lora()

@@ -193,7 +193,7 @@ def test_without_gradients_the_count_never_grows():
         assert_close(g.detach(), soft_threshold(start[path], 1.0))
 
 
-def test_a_resumed_selection_goes_on():
+def test_a_resumed_selection_goes_on(no_shape_checks):
     def run(stop):
         model = started()
         optimizer = torch.optim.Adam(gate_groups(model), lr=0.05)

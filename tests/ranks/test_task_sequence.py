@@ -49,6 +49,6 @@ def test_an_accuracy_of_zero_counts_as_one():
         ([[1.0, 0.0], [0.0, 1.0]], TypeError),
     ],
 )
-def test_no_matrix_of_accuracies(R, error):
+def test_no_matrix_of_accuracies(R, error, no_shape_checks):
     with pytest.raises(error, match="R: got"):
         task_scores(R)
