@@ -314,6 +314,7 @@ def known_page(key: str, known: dict) -> str:
 
 def converted(path: Path, book: Path = ROOT / "book") -> NotebookNode:
     """A chapter's notebook for a kernel."""
+    path = path.resolve()
     name = (
         path.relative_to(book).with_suffix("").as_posix()
         if path.is_relative_to(book)

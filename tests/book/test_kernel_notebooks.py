@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from pathlib import Path
 
 import kernel_notebooks
 import links
@@ -159,3 +160,9 @@ def test_a_still_shows_the_middle_frame():
     for wrong in ("", "<p>text</p>", explore(lambda k: {"k": k}, title="T", alt="A.", k=[1, 2])._repr_html_()):
         with pytest.raises(ValueError, match="html: wanted the output of an explorer, with a drawing"):
             still(wrong)
+
+
+def test_a_chapter_may_be_named_from_anywhere(monkeypatch):
+    whole = BOOK / "adapters" / "nola.ipynb"
+    monkeypatch.chdir(whole.parent)
+    assert converted(Path(whole.name)) == converted(whole)
