@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 import nbformat
-from nbformat import NotebookNode
 
 import kernel_notebooks
 from check import COMPARE, command
@@ -82,8 +81,7 @@ def install(python: Path) -> None:
 
 def alone(path: Path, folder: Path) -> Path:
     """Put a chapter, as readers in Colab get it, into a folder of its own."""
-    notebook = kernel_notebooks.converted(path)
-    restore(notebook, nbformat.read(path, as_version=4))
+    notebook = kernel_notebooks.converted(path, stills=False)  # no kernel makes these
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     if first.source != install_cell():
         raise ValueError(f"{path}: its first cell does not install the package")
@@ -93,14 +91,6 @@ def alone(path: Path, folder: Path) -> Path:
     copy.parent.mkdir()
     nbformat.write(notebook, copy)
     return copy
-
-
-def restore(notebook: NotebookNode, chapter: NotebookNode) -> None:
-    """Give the cells the chapter's outputs: a still has no kernel's output to equal."""
-    both = (notebook.cells, chapter.cells)
-    code = ([cell for cell in cells if cell.cell_type == "code"] for cells in both)
-    for cell, original in zip(*code, strict=True):
-        cell.outputs = original.outputs
 
 
 def run(paths: list[Path]) -> int:

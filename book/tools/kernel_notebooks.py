@@ -93,8 +93,8 @@ def title(book: Path, page: str) -> str:
 class Converter:
     """One chapter, and what of it is open while its cells are read."""
 
-    def __init__(self, book: Path, name: str):
-        self.book, self.name = book, name
+    def __init__(self, book: Path, name: str, stills: bool = True):
+        self.book, self.name, self.stills = book, name, stills
         self.exercises: dict[str, int] = {}
         self.solving = ""
 
@@ -232,7 +232,7 @@ class Converter:
                 if text := self.text(cell.source):
                     cells.append(nbformat.v4.new_markdown_cell(text))
             else:
-                cells.append(closed(cell, bool(self.solving)))
+                cells.append(closed(cell, bool(self.solving), self.stills))
                 if said := caption(cell):
                     cells.append(nbformat.v4.new_markdown_cell(said))
         if self.solving:
@@ -255,12 +255,12 @@ def fold(summary: str, body: str) -> str:
     return f"<details>\n<summary><b>{summary}</b></summary>\n\n{body}\n\n</details>"
 
 
-def closed(cell: NotebookNode, solution: bool) -> NotebookNode:
+def closed(cell: NotebookNode, solution: bool, stills: bool) -> NotebookNode:
     """The cell with what the page hides closed; code of a solution too."""
     cell = nbformat.from_dict(cell)
     for output in cell.outputs:
         html = output.get("data", {}).get("text/html", "")
-        if is_explorer(html):
+        if stills and is_explorer(html):
             output.data["image/png"] = base64.b64encode(still(html)).decode()
             output.metadata["image/png"] = {"width": PAGE}  # it has twice as many dots
             del output.data["text/html"]
@@ -293,34 +293,35 @@ def front(name: str) -> str:
     """Where the notebook comes from, its version, and what to read before."""
     page = f"{links.site('latest')}/{name}.html"
     lines = [f"From [the book's page]({page}), version {links.version()}."]
-    known = {f"{paper.part}/{paper.key}": paper for paper in papers().values()}
-    if paper := known.get(name):
+    paper = papers().get(name.rpartition("/")[2])
+    if paper and name == f"{paper.part}/{paper.key}":
         number = f"[arXiv:{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})"
         code = f"[source]({links.source(f'lowrank_ref/{name}.py')})"
         lines.append(f"The paper is {number}; the method is one file, {code}.")
-        before = [known_page(key, known) for key in paper.needs]
-        if before:
-            lines.append("Read before: " + ", ".join(before) + ".")
+        if paper.needs:
+            lines.append(f"Read before: {', '.join(map(needed, paper.needs))}.")
     return " ".join(lines)
 
 
-def known_page(key: str, known: dict) -> str:
-    """A link to a page that a card names: a paper's key, or a page at the top."""
-    for name, paper in known.items():
-        if paper.key == key:
-            return f"[{paper.name}]({links.site('latest')}/{name}.html)"
-    return f"[{title(ROOT / 'book', key)}]({links.site('latest')}/{key}.html)"
+def needed(key: str) -> str:
+    """A link to what a card names: a paper's chapter, or a page at the top."""
+    paper = papers().get(key)
+    text = paper.name if paper else title(ROOT / "book", key)
+    page = f"{paper.part}/{key}" if paper else key
+    return f"[{text}]({links.site('latest')}/{page}.html)"
 
 
-def converted(path: Path, book: Path = ROOT / "book") -> NotebookNode:
-    """A chapter's notebook for a kernel."""
+def converted(
+    path: Path, book: Path = ROOT / "book", *, stills: bool = True
+) -> NotebookNode:
+    """A chapter's notebook for a kernel; without stills, outputs are the chapter's."""
     path = path.resolve()
     name = (
         path.relative_to(book).with_suffix("").as_posix()
         if path.is_relative_to(book)
         else path.stem
     )
-    return Converter(book, name).convert(nbformat.read(path, as_version=4))
+    return Converter(book, name, stills).convert(nbformat.read(path, as_version=4))
 
 
 def make(book: Path, out: Path) -> list[Path]:

@@ -41,6 +41,7 @@ from adapter_arms import (
 )
 from bench_comparison import digits_files, named, rounded, told
 from common import Runs, arguments, peak_mib, reset_peak, synchronize
+from graphs import captured
 from later_speeches import ALL_LINEAR, MATRICES, REST, Text, base_model, messages, newer_words, windows
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -100,24 +101,6 @@ def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Te
         optimizer.step()
 
     return step
-
-
-def captured(step: Callable[[], None], optimizer: torch.optim.Optimizer) -> torch.cuda.CUDAGraph:
-    """Record a step. Its warm-up has the rate 0, and what it left in the moments is taken out again."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    optimizer.zero_grad(set_to_none=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    for state in optimizer.state.values():
-        for value in state.values():
-            value.zero_()
-    return graph
 
 
 def train(model: nn.Module, batches: Batches, lr: float, beside: str, graph: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from bench_lora_minilm import FROZEN, Top, run_layer, tokens
+from graphs import captured
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -173,24 +174,6 @@ def replay(
         graph.replay()
     torch.cuda.synchronize()
     return optimizer
-
-
-def captured(step: Callable[[], None], optimizer: torch.optim.Optimizer) -> torch.cuda.CUDAGraph:
-    """Record a step. Its warm-up has the rate 0, and what it left in the moments is taken out again."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    optimizer.zero_grad(set_to_none=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    for state in optimizer.state.values():
-        for value in state.values():
-            value.zero_()
-    return graph
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from battery import gaussian, seeded
+from bit_cases import assert_close, float64, layer_of, net, set_logits
 from torch import nn
 
 from lowrank_ref.adapters import LoRALinear, load_peft, save_peft
@@ -31,39 +32,6 @@ from lowrank_ref.ranks.bit_gates import (
     stored_bits,
 )
 from lowrank_ref.ranks.residual_bits import residual_quantize
-
-ONE = torch.tensor(1.0, dtype=torch.float64)
-
-
-def float64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def assert_close(got, wanted, atol=1e-12):
-    torch.testing.assert_close(got, wanted, rtol=0, atol=atol)
-
-
-def layer_of(m=6, n=5, rank=4, *, dtype=torch.float64, moved=True, **options):
-    layer = BayesianLoRALinear(nn.Linear(n, m, dtype=dtype), rank, generator=seeded(), **options)
-    if moved:
-        with torch.no_grad():
-            layer.E.copy_(gaussian(rank, seed=1))
-    return layer
-
-
-def net(rank=3, **options):
-    torch.manual_seed(5)
-    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double()
-    return replace_linears(model, "", partial(BayesianLoRALinear, rank=rank, generator=seeded(), **options))
-
-
-def set_logits(layer, ranks=None, bits=None):
-    with torch.no_grad():
-        if ranks is not None:
-            layer.rank_logits.copy_(float64(*ranks))
-        if bits is not None:
-            layer.bit_logits.copy_(torch.as_tensor(bits))
-    return layer
 
 
 def test_cost_of_a_model_by_a_loop():

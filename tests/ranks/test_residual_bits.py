@@ -5,20 +5,11 @@ import itertools
 import pytest
 import torch
 from battery import gaussian
+from bit_cases import ONE, assert_close, by_hand, float64
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_ref.ranks.residual_bits import INSIDE, codes_of, residual_quantize, step_sizes
-
-ONE = torch.tensor(1.0, dtype=torch.float64)
-
-
-def float64(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def assert_close(got, wanted, atol=1e-12):
-    torch.testing.assert_close(got, wanted, rtol=0, atol=atol)
+from lowrank_ref.ranks.residual_bits import codes_of, residual_quantize, step_sizes
 
 
 def test_step_sizes_are_those_of_each_grid():
@@ -27,20 +18,6 @@ def test_step_sizes_are_those_of_each_grid():
     for b, (coarse, fine) in zip((2, 4, 8, 16), itertools.pairwise(got)):
         assert coarse / fine == pytest.approx(2**b + 1, rel=1e-14)
     assert torch.equal(step_sizes(0 * ONE, 2), step_sizes(ONE, 2))  # a tensor of zeros divides by something
-
-
-def by_hand(x, beta, gates):
-    """One number, gate after gate."""
-    x = min(max(x, -beta * INSIDE), beta * INSIDE)
-    steps = [2 * beta / (2.0**2 ** (k + 1) - 1) for k in range(len(gates) + 1)]
-    parts, rest = [], x
-    for step in steps:
-        parts.append(step * round(rest / step))
-        rest -= parts[-1]
-    inner = 0.0
-    for z, part in list(zip(gates, parts[1:]))[::-1]:
-        inner = z * (part + inner)
-    return parts[0] + inner
 
 
 @given(st.lists(st.floats(-2, 2), min_size=1, max_size=5), st.floats(0.1, 3), st.lists(st.floats(0, 1), max_size=4))
