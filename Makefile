@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 # Python compiles what it imports; compiling all that is installed takes a minute more.
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help book test ci unit coverage notebooks fresh lab sources clean
+.PHONY: help book student course test ci unit coverage notebooks fresh lab sources clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\): .*## /\1\t/p' Makefile | expand -t 12
@@ -13,6 +13,9 @@ help: ## list the commands
 book: $(INSTALLED) ## run every chapter and build _build/html
 	@$(RUN) book/tools/execute.py
 	@$(RUN) book/tools/build.py _build/book
+
+student: $(INSTALLED) ## the book without solutions, with a cell for each answer, in _build/student
+	@$(RUN) book/tools/student_edition.py
 
 test: $(INSTALLED) ## all checks: style, types, unit tests, chapters, pages
 	@$(RUN) book/tools/check.py
@@ -40,6 +43,9 @@ lab: $(INSTALLED) ## open the chapters in JupyterLab, as a reader gets them
 sources: $(INSTALLED) ## open the chapters' sources in JupyterLab, to edit them
 	@$(RUN) -m jupyterlab book
 
+course: $(INSTALLED) ## make homework sheets, solutions and what grades them: NUMBERS=1-30, or STUDENTS=file.csv
+	@$(RUN) book/tools/course.py make $(if $(STUDENTS),--students "$(STUDENTS)",$(if $(NUMBERS),--numbers $(NUMBERS)))
+
 clean: ## remove what was built, and the virtual environment
 	rm -rf _build .venv
 
@@ -50,5 +56,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "[2/3] installing torch"
 	@$(PIP) torch
 	@echo "[3/3] installing the package, the book's tools and the tests' (some minutes)"
-	@$(PIP) -e ".[book,test,peers]"
+	@$(PIP) -e ".[book,test,peers,course]"
 	@touch $@

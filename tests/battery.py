@@ -24,14 +24,25 @@ from lowrank_ref.adapters import (
     LoRAXSLinear,
     MomentRestart,
     PiSSALinear,
+    ProgressiveSelection,
+    SaRALinear,
     SingularCoreLinear,
 )
 from lowrank_ref.adapters.lora_sb import first_step, update_approximation
-from lowrank_ref.compression import JointRankSampler, MaestroLinear, RankSampler, RankShrinker, decompose
+from lowrank_ref.compression import (
+    JointRankSampler,
+    MaestroLinear,
+    RankSampler,
+    RankShrinker,
+    TrainedRankPruning,
+    WeLoreLinear,
+    decompose,
+)
 from lowrank_ref.core.actions import Action
+from lowrank_ref.core.checks import check_rank
 from lowrank_ref.core.layers import replace_linears, weight_of
 from lowrank_ref.core.registry import papers
-from lowrank_ref.lowbit import BitLinear, GateSchedule, HGFLinear
+from lowrank_ref.lowbit import RECIPES, BitLinear, GateSchedule, HGFLinear, QuantLinear
 from lowrank_ref.lowbit.ternary import PackedLinear
 from lowrank_ref.pretraining import SLTrainLinear
 from lowrank_ref.ranks import (
@@ -64,10 +75,17 @@ def lora_sb(base, rank=8, *, generator):
     return LoRASBLinear(base, *update_approximation(first_step(G, 0.1), rank))
 
 
-#: Name -> adapter(base, generator=...), with its default options. These five have no card of their own.
+def sara(base, rank=4, *, generator):
+    """A SaRA layer that trains rank/min(m, n) of the weights: all at the largest rank."""
+    W = weight_of(base)
+    check_rank(rank, W.shape)
+    return SaRALinear(base, rank / min(W.shape))
+
+
+#: Name -> adapter(base, generator=...), with its default options. These have no card of their own, or take no rank.
 LAYERS = {name: make for info in papers().values() for name, make in info.layers.items()}
 LAYERS |= {"DoRALinear": DoRALinear, "PiSSALinear": PiSSALinear, "SingularCoreLinear": SingularCoreLinear}
-LAYERS |= {"LoRAXSLinear": LoRAXSLinear, "LoRASBLinear": lora_sb}
+LAYERS |= {"LoRAXSLinear": LoRAXSLinear, "LoRASBLinear": lora_sb, "SaRALinear": sara}
 #: Name -> numbers it trains on an (m, n) layer, by the formula of its docstring.
 COUNTS = {
     "IncreLoRALinear": lambda m, n: m + n + 1 + m + n,  # one component and the vectors of the reserve
@@ -84,8 +102,10 @@ COUNTS = {
     "SVFitLinear": lambda m, n: min(m, n),
     "SingularCoreLinear": lambda m, n: min(m, n) ** 2,
     "LoLDULinear": lambda m, n: min(m, n),
+    "ALLoRALinear": lambda m, n: 8 * (m + n),
     "LoRAXSLinear": lambda m, n: 8 * 8,
     "LoRASBLinear": lambda m, n: 8 * 8,
+    "SaRALinear": lambda m, n: round(4 / min(m, n) * m * n),
 }
 #: Adapters that do not start at the base model, each with the reason.
 STARTS_ELSEWHERE = {
@@ -94,13 +114,15 @@ STARTS_ELSEWHERE = {
     "LoRASBLinear": "its start is one step of full fine-tuning, truncated",
 }
 #: Adapters without randomness: the generator changes nothing.
-NOT_RANDOM = {"LoLDULinear", "PiSSALinear", "SVFitLinear", "SingularCoreLinear"}
+NOT_RANDOM = {"LoLDULinear", "PiSSALinear", "SVFitLinear", "SaRALinear", "SingularCoreLinear"}
 #: Name -> layer(base, generator=...) of those that are the weight themselves.
 WEIGHT_LAYERS = {
     "SLTrainLinear": partial(SLTrainLinear.from_linear, rank=4, density=0.2),
     "MaestroLinear": lambda base, generator=None: MaestroLinear.from_linear(base),
+    "WeLoreLinear": lambda base, generator=None: WeLoreLinear.from_linear(base, rank=4),
     "BitLinear": lambda base, generator=None: BitLinear(base),
     "HGFLinear": partial(HGFLinear, rank=3),
+    "QuantLinear": partial(QuantLinear, recipe=RECIPES["int8"]),
     "PackedLinear": lambda base, generator=None: PackedLinear(BitLinear(base)),
 }
 #: Name -> optimizer(parameter groups).
@@ -213,6 +235,12 @@ def _momentum(model, make):
     return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), [make(model)]
 
 
+def _sara():
+    model = replace_linears(network(), "", lambda base: SaRALinear(base, 0.6))
+    steps = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    return model, steps, [ProgressiveSelection(model, steps, at=3)]
+
+
 def _lora(make):
     model = replace_linears(network(), "", partial(LoRALinear, rank=4, generator=seeded()))
     steps = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -230,6 +258,9 @@ ACTIONS = {
     "RankSampler": lambda: _momentum(decompose(network()), partial(RankSampler, generator=seeded())),
     "JointRankSampler": lambda: _momentum(decompose(network()), partial(JointRankSampler, generator=seeded())),
     "RankShrinker": lambda: _momentum(decompose(network()), partial(RankShrinker, threshold=0.5, every=3)),
+    "TrainedRankPruning": lambda: _momentum(
+        network(), partial(TrainedRankPruning, pattern="", energy=0.8, every=3, penalty=0.1)
+    ),
     "GateSchedule": lambda: _momentum(
         replace_linears(network(), "0", partial(HGFLinear, rank=3, generator=seeded()), trainable="2"),
         partial(GateSchedule, warmup=2, freeze=5),
@@ -237,6 +268,7 @@ ACTIONS = {
     "LoRASqueezer": lambda: _lora(
         lambda model, steps: LoRASqueezer(model, steps, {2: 3, 5: {"2": 1}}, moments="carry", scale=1.5)
     ),
+    "ProgressiveSelection": _sara,
     "MomentRestart": lambda: _lora(lambda model, steps: MomentRestart(steps, [2, 5])),
     "GradientProjection": lambda: _momentum(
         Twins(network()), lambda both: GradientProjection(both.model, both.twin, every=2)

@@ -55,6 +55,21 @@ def optimizer(kind):
     return lambda **options: kind(weights(), **options)
 
 
+def two_alike():
+    return [nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)) for _ in range(2)]
+
+
+def trained_ranker(**options):
+    model = robustness.DualEncoder(robustness.WordShares({"a": 0, "b": 1}), 2, generator=torch.Generator())
+    options = {"lr": 0.1} | options
+    return robustness.train_in_batches(model, [["a"]], [["b"]], steps=1, generator=torch.Generator(), **options)
+
+
+def boosted(**options):
+    X, grades = torch.zeros(1, 2, 1), torch.tensor([[0, 1]])
+    return robustness.boost_lambdas(X, grades, fit=lambda X, y: None, rounds=0, **options)
+
+
 CALLS = {
     ("adapters", "DoRALinear"): lambda **k: adapters.DoRALinear(nn.Linear(4, 4), 2, **k),
     ("adapters", "LoRAConv2d"): lambda **k: adapters.LoRAConv2d(nn.Conv2d(4, 4, 1), 2, **k),
@@ -66,6 +81,10 @@ CALLS = {
     ("adapters", "NOLALinear"): lambda **k: adapters.NOLALinear(nn.Linear(4, 4), 2, **k),
     ("adapters", "PiSSALinear"): lambda **k: adapters.PiSSALinear(nn.Linear(4, 4), 2, **k),
     ("adapters", "RandLoRALinear"): lambda **k: adapters.RandLoRALinear(nn.Linear(4, 4), 2, **k),
+    ("adapters", "SaRALinear"): lambda **k: adapters.SaRALinear(nn.Linear(4, 4), **k),
+    ("adapters", "threshold_for_density"): lambda **k: adapters.threshold_for_density([torch.ones(4)], **k),
+    ("adapters", "confident_penalty"): lambda **k: adapters.confident_penalty(torch.eye(2), low=0.0, high=1.0, **k),
+    ("adapters", "temperature_kl"): lambda **k: adapters.temperature_kl(torch.eye(2), torch.eye(2), **k),
     ("adapters", "lora_scaling"): lambda **k: adapters.lora_scaling(rank=2, **k),
     ("adapters", "rslora_scaling"): lambda **k: adapters.rslora_scaling(rank=2, **k),
     ("analysis", "MPSLinear"): lambda **k: analysis.MPSLinear(nn.Linear(4, 4), 2, **k),
@@ -74,6 +93,16 @@ CALLS = {
     ("compression", "RankShrinker"): lambda **k: compression.RankShrinker(
         nn.Sequential(compression.MaestroLinear.from_linear(nn.Linear(4, 4))), every=1, **k
     ),
+    ("compression", "TrainedRankPruning"): lambda **k: compression.TrainedRankPruning(
+        nn.Sequential(nn.Linear(4, 4)), "0", **k
+    ),
+    ("compression", "rank_at_threshold"): lambda **k: compression.rank_at_threshold(torch.ones(3), **k),
+    ("compression", "RankPlan"): lambda **k: compression.RankPlan({"0": 1}, {"0": (2, 2)}, (), **{"nominal": 0.5} | k),
+    ("compression", "pruned_counts"): lambda **k: compression.pruned_counts([torch.tensor([2.0, 1.0])], **k),
+    ("compression", "Repair"): lambda **k: compression.Repair(*two_alike(), "0", **k),
+    ("compression", "rank_at_ratio"): lambda **k: compression.rank_at_ratio(4, 4, **k),
+    ("compression", "plan_by_ratio"): lambda **k: compression.plan_by_ratio(two_alike()[0], **k),
+    ("lowbit", "NarrowAdamW"): optimizer(lowbit.NarrowAdamW),
     ("lowbit", "gate_penalty"): lambda **k: lowbit.gate_penalty(torch.ones(3), **k),
     ("optimizers", "GaLore"): optimizer(optimizers.GaLore),
     ("optimizers", "GaLoreAdafactor"): optimizer(optimizers.GaLoreAdafactor),
@@ -95,13 +124,40 @@ CALLS = {
     ("ranks", "SoRALinear"): lambda **k: ranks.SoRALinear(nn.Linear(4, 4), 2, **k),
     ("ranks", "gate_groups"): lambda **k: ranks.gate_groups(gated(), **k),
     ("ranks", "soft_threshold"): lambda **k: ranks.soft_threshold(torch.ones(3), **k),
+    ("robustness", "ConceptClassifier"): lambda **k: robustness.ConceptClassifier(torch.ones(2, 3, 4), **k),
+    ("robustness", "LambdaMART"): lambda **k: robustness.LambdaMART(lambda q, d: torch.ones(1, 1, 1), [], **k),
+    ("robustness", "boost_lambdas"): boosted,
+    ("robustness", "concept_similarities"): lambda **k: robustness.concept_similarities(
+        torch.ones(2, 4), torch.ones(2, 3, 4), **k
+    ),
+    ("robustness", "soft_trim"): lambda **k: robustness.soft_trim(torch.ones(3), **k),
+    ("robustness", "train_in_batches"): trained_ranker,
     ("robustness", "GradientProjection"): lambda **k: robustness.GradientProjection(
         nn.Linear(2, 2), nn.Linear(2, 2), **k
     ),
+    ("robustness", "choose_head"): lambda **k: robustness.choose_head(robustness.Heads(*torch.ones(3, 2, 4)), **k),
+    ("robustness", "student_loss"): lambda **k: robustness.student_loss(
+        *torch.ones(3, 2, 4), torch.tensor([0, 1]), torch.ones(2, 4), **k
+    ),
+    ("robustness", "weighted_distillation"): lambda **k: robustness.weighted_distillation(*torch.ones(2, 2, 4), **k),
     ("robustness", "RMTGBClassifier"): fitted,
     ("robustness", "RMTGBRegressor"): fitted,
     ("robustness", "apgd"): lambda **k: attack(robustness.apgd, **k),
     ("robustness", "fuse"): lambda **k: robustness.fuse(*torch.ones(3, 2), **k),
+    ("robustness", "NaturalEdits"): lambda **k: robustness.NaturalEdits(
+        nn.Linear(4, 4), torch.eye(4), **{"epsilon": 1.0} | k
+    ),
+    ("robustness", "expand_codes"): lambda **k: robustness.expand_codes(
+        nn.Linear(4, 4), nn.Linear(4, 4), torch.ones(1, 4), torch.ones(1, 2, 4), **k
+    ),
+    ("robustness", "inverse_codes"): lambda **k: robustness.inverse_codes(
+        nn.Linear(4, 4), nn.Linear(4, 4), torch.ones(1, 4), **k
+    ),
+    ("robustness", "invert"): lambda **k: robustness.invert(nn.Linear(4, 4), torch.ones(1, 4), torch.ones(1, 4), **k),
+    ("robustness", "random_amplitudes"): lambda **k: robustness.random_amplitudes(2, 1, **k),
+    ("robustness", "worst_amplitudes"): lambda **k: robustness.worst_amplitudes(
+        nn.Linear(4, 2), nn.Identity(), torch.tensor([0]), torch.zeros(1, 4), **k
+    ),
     ("robustness", "pgd"): lambda **k: attack(robustness.pgd, **k),
     ("robustness", "project"): lambda **k: robustness.project(torch.ones(2, 4), torch.ones(2, 4), norm=2, **k),
     ("robustness", "random_start"): lambda **k: robustness.random_start(torch.ones(2, 4), norm=2, **k),

@@ -12,6 +12,7 @@ from battery import adapter, batch, gaussian, linear, lora_sb, seeded
 from torch import nn
 
 from lowrank_ref.adapters import (
+    ALLoRALinear,
     DoRALinear,
     LoRAConv2d,
     LoRAEmbedding,
@@ -21,12 +22,14 @@ from lowrank_ref.adapters import (
     RandLoRALinear,
     rslora_scaling,
 )
-from lowrank_ref.compression import MaestroConv2d, MaestroLinear
+from lowrank_ref.adapters.allora_family import ALLoRAVariant
+from lowrank_ref.compression import MaestroConv2d, MaestroLinear, WeLoreLinear
 from lowrank_ref.core.layers import replace_linears
 from lowrank_ref.lab.models import GPT
 from lowrank_ref.lowbit import BitLinear, HGFLinear, PackedLinear
 from lowrank_ref.pretraining import SLTrainLinear
 from lowrank_ref.ranks import BayesianLoRALinear, CoDyRALinear, DiffoRALinear, IncreLoRALinear, SoRALinear
+from lowrank_ref.robustness import LRTokens
 
 pytestmark = pytest.mark.usefixtures("no_shape_checks")
 
@@ -53,6 +56,7 @@ CASES = {
     "LoRA in bfloat16": lambda: (LoRALinear(linear(torch.bfloat16), 4, generator=seeded()), batch(0, torch.bfloat16)),
     "embedding": lambda: (LoRAEmbedding(nn.Embedding(9, 6).double(), 2, generator=seeded()), torch.tensor([[1, 8]])),
     "convolution": lambda: (LoRAConv2d(CONV(), 2, generator=seeded()), gaussian(2, 2, 6, 6)),
+    "tokens": lambda: (LRTokens(nn.Linear(6, 6).double(), 3, 6, generator=seeded()).double(), gaussian(2, 3, 6)),
     "NOLA, rounded": lambda: (NOLALinear(linear(), 4, bits=4, start="random", generator=seeded()), batch(0)),
     "NOLA, kept": lambda: (NOLALinear(linear(), 4, keep=True, generator=seeded()), batch(0)),
     "RandLoRA through ΔW": lambda: (RandLoRALinear(linear(), 4, generator=seeded()), batch(0, rows=100)),
@@ -63,6 +67,8 @@ LINEAR = {
     "LoRA": partial(LoRALinear, rank=4),
     "DoRA": partial(DoRALinear, rank=4),
     "PiSSA": partial(PiSSALinear, rank=4),
+    "ALLoRA": partial(ALLoRALinear, rank=4, boost=3.0),
+    "ALLoRA-OD": partial(ALLoRAVariant, rank=4, boost=3.0, factors="outputs"),
     "SoRA": partial(SoRALinear, rank=4),
     "DiffoRA": partial(DiffoRALinear, rank=4),
     "CoDyRA": partial(CoDyRALinear, rank=4),
@@ -107,7 +113,7 @@ def test_under_autocast(name):
     assert_equal_runs(layer, batch(0, torch.float32, rows=100), autocast=True)
 
 
-@pytest.mark.parametrize("name", ["LoRA", "DoRA", "NOLA", "RandLoRA, fused"])
+@pytest.mark.parametrize("name", ["LoRA", "DoRA", "ALLoRA", "NOLA", "RandLoRA, fused"])
 def test_one_graph_for_every_batch_size(name):
     layer = moved(LINEAR[name](linear(), generator=seeded()))
     layer(batch(0, rows=3))  # the first eager call of a DoRA layer looks at its start, once
@@ -175,6 +181,7 @@ INDUCTOR = {
     "BitLinear": lambda: BitLinear(linear(torch.float32)),
     "HGFLinear": lambda: HGFLinear(linear(torch.float32), 3, generator=seeded()),
     "Maestro": lambda: MaestroLinear.from_linear(linear(torch.float32)),
+    "WeLore": lambda: WeLoreLinear.from_linear(linear(torch.float32), rank=4),
 }
 
 

@@ -12,7 +12,18 @@ from lowrank_ref.core.registry import PARTS
 #: Where public names are imported from.
 ROOMS = [*PARTS, "core.layers", "core.actions", "core.accounting", "core.groups", "core.io", "core.trainer"]
 #: Nobody builds these: what functions return, whose example shows the function, and a base of optimizers.
-NOT_BUILT = {"Attacked", "GaLore", "MergedUpdate", "ParameterReport", "Profile", "TaskScores"}
+NOT_BUILT = {
+    "Attacked",
+    "GaLore",
+    "Heads",
+    "Inverted",
+    "LatentDirections",
+    "MergedUpdate",
+    "ParameterReport",
+    "Profile",
+    "TaskScores",
+    "Truncation",
+}
 
 
 def public():

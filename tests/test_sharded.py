@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lowrank_ref.adapters import (
+    ALLoRALinear,
     DoRALinear,
     LoLDULinear,
     LoRALinear,
@@ -23,10 +24,11 @@ from lowrank_ref.adapters import (
     NOLALinear,
     PiSSALinear,
     RandLoRALinear,
+    SaRALinear,
     SVFitLinear,
 )
 from lowrank_ref.analysis import MPSLinear
-from lowrank_ref.compression import MaestroLinear
+from lowrank_ref.compression import MaestroLinear, WeLoreLinear
 from lowrank_ref.core.layers import replace_linears
 from lowrank_ref.lowbit import BitLinear, HGFLinear
 from lowrank_ref.lowbit.ternary import absmean
@@ -76,6 +78,8 @@ CASES = {
     "PiSSA": (lambda: with_layer(partial(PiSSALinear, rank=4)), adam),
     "SVFit": (lambda: with_layer(SVFitLinear), adam),
     "LoLDU": (lambda: with_layer(partial(LoLDULinear, trains="both")), adam),
+    "SaRA": (lambda: with_layer(partial(SaRALinear, density=0.4)), adam),
+    "ALLoRA": (lambda: with_layer(partial(ALLoRALinear, rank=4, boost=3.0, generator=seeded(1))), adam),
     "LoRA-XS": (lambda: with_layer(partial(LoRAXSLinear, rank=4, generator=seeded(1))), adam),
     "LoRA-SB": (lambda: with_layer(partial(lora_sb, rank=4, generator=seeded(1))), adam),
     "SoRA": (lambda: with_layer(partial(SoRALinear, rank=4, generator=seeded(1))), adam),
@@ -85,6 +89,7 @@ CASES = {
     "Bayesian-LoRA": (lambda: with_layer(partial(BayesianLoRALinear, rank=4, gate=0.0, generator=seeded(1))), adam),
     "MPS": (lambda: with_layer(partial(MPSLinear, generator=seeded(1))), adam),
     "Maestro": (lambda: with_layer(MaestroLinear.from_linear), adam),
+    "WeLore": (lambda: with_layer(partial(WeLoreLinear.from_linear, rank=4)), adam),
     "NOLA": (lambda: with_layer(partial(NOLALinear, rank=4, generator=seeded(1))), adam),
     "RandLoRA": (lambda: with_layer(partial(RandLoRALinear, rank=4, generator=seeded(1))), adam),
     "RandLoRA, fused": (lambda: with_layer(partial(RandLoRALinear, rank=4, fused=True, generator=seeded(1))), adam),

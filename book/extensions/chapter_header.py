@@ -42,7 +42,9 @@ class ChapterHeader(SphinxTransform):
         )
         picture = first_picture(self.document) or title
         place = picture.parent.index(picture) + 1
-        picture.parent[place:place] = quiet_line(name, paper, book)
+        picture.parent[place:place] = quiet_line(
+            name, paper, book, student=self.config.student_edition
+        )
         keywords = ", ".join([paper.title, f"arXiv:{paper.arxiv}", *paper.aliases])
         for meta, content in (("description", paper.summary), ("keywords", keywords)):
             self.document.insert(0, nodes.meta("", name=meta, content=content))
@@ -87,13 +89,18 @@ def timing(book: Path, name: str) -> dict[str, str | int]:
     return json.loads(path.read_text()).get(name, {}) if path.exists() else {}
 
 
-def quiet_line(name: str, paper: PaperInfo, book: Path) -> list[nodes.Node]:
-    """Facts, what to read before, links, and two folds, as one list."""
+def quiet_line(
+    name: str, paper: PaperInfo, book: Path, *, student: bool = False
+) -> list[nodes.Node]:
+    """Facts, what to read before, links, and two folds, as one list.
+
+    The students' edition has no link to Colab, where solutions are.
+    """
     out = [html('<ul class="badges" aria-label="About this chapter">')]
     for css, text in facts(name, paper, book):
         out.append(html(f'<li class="{css}">{escape(text)}</li>'))
     out += before(name, paper)
-    for text, address in targets(name, paper):
+    for text, address in targets(name, paper)[student:]:
         out.append(html(f'<li><a href="{escape(address)}">{escape(text)}</a></li>'))
     return [*out, html(what_changed(paper)), *cite(paper, book), html("</ul>")]
 

@@ -65,6 +65,18 @@ SWEEPS = {
         *("lora_squeeze_small", "turned", "valid loss"),
         *("16 to k at 3 %, k=4", "direct, k=4", "small MLP"),
     ),
+    "allora": (
+        *("allora_small", "adam, 200 steps", "valid loss"),
+        *("ALLoRA c₀=1", "LoRA s=1", "small MLP"),
+    ),
+    "ba_lora": (
+        *("ba_lora_small", "skew", "valid error"),
+        *("CR, λ 0.2 0 0", "PiSSA, steps 200", "small MLP"),
+    ),
+    "sara": (
+        *("comparison", "digits_shift", "valid loss"),
+        *("SaRA r=8", "LoRA r=8", "small MLP"),
+    ),
     "sora": (
         *("sora_scale", "verses", "test_loss"),
         *("SoRA λ=0.3", "LoRA r=8", "sentence encoder"),
@@ -75,7 +87,7 @@ SWEEPS = {
     ),
     "diffora": (
         *("diffora_small", "transformer", "valid"),
-        *("DiffoRA K=14", "uniform r=2", "small vision transformer"),
+        *("DiffoRA K=14, θ at 0.1", "uniform r=2", "small vision transformer"),
     ),
     "codyra": (
         *("codyra_small", "regressions", "valid last"),
@@ -93,9 +105,30 @@ SWEEPS = {
         *("sltrain_small", "rates", "loss"),
         *("SLTrain r=3", "full rank", "small GPT from scratch"),
     ),
+    "welore": (
+        *("welore_small", "tuning", "valid loss"),
+        *("cut: LRC", "cut: both", "small GPT, cut"),
+    ),
+    "pela": (
+        *("pela_small", "repair", "valid loss"),
+        *("c=3: CE + FD + WP", "c=3: CE", "small MLP, cut"),
+    ),
+    "low_precision": (
+        *("low_precision_small", "tensors", "valid loss"),
+        *("weights, stored at random: int8 row", "float32", "small MLP"),
+    ),
     "hgf": (
         *("hgf_small", "small", "valid loss"),
         *("HGF", "FP", "small GPT from scratch"),
+    ),
+    "natra": ("natra_small", "training", "valid", "NaTra", "plain", "small MLP"),
+    "efficient_robustification": (
+        *("efficient_robustification_small", "tuning", "valid"),
+        *("last, taught", "full, augmented", "residual MLP"),
+    ),
+    "lr0_fm": (
+        *("lr0_fm_small", "digits", "valid disagreement"),
+        *("tokens", "LoRA, queries and values", "small vision transformer"),
     ),
 }
 

@@ -14,11 +14,12 @@ import links
 
 def set_repository(app: Sphinx, config: Config) -> None:
     """The theme derives the Colab, Binder and source buttons from these."""
+    student = config.student_edition
     config.html_theme_options |= {
         "repository_url": links.repository(),
         "use_repository_button": True,
         "use_issues_button": True,
-        "use_source_button": True,
+        "use_source_button": not student,
         "extra_footer": f"Version {links.version()}. "
         f'<a href="{links.site()}/versions.html">All versions</a>',
     }
@@ -44,5 +45,7 @@ def source_of(domain: str, info: dict[str, str]) -> str | None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    # Set by student_edition.py: no button leads to a notebook with solutions.
+    app.add_config_value("student_edition", False, "env", types=(bool,))
     app.connect("config-inited", set_repository)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

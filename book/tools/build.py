@@ -16,25 +16,32 @@ from pathlib import Path
 import kernel_notebooks
 from links import ROOT
 
-BUILD = ROOT / "_build"
 
+def build(
+    source: Path,
+    folder: Path = ROOT,
+    config: Path = ROOT / "_config.yml",
+    notebooks: Path = kernel_notebooks.OUT,
+) -> int:
+    """Run Jupyter Book with warnings as errors; return its exit status.
 
-def build(source: Path) -> int:
-    """Run Jupyter Book with warnings as errors; return its exit status."""
+    The pages lie in `_build/html` of `folder`, the notebooks also in `notebooks`.
+    """
+    made = folder / "_build"
     for old in ("html", ".doctrees", "jupyter_execute", "page_report"):
-        shutil.rmtree(BUILD / old, ignore_errors=True)
+        shutil.rmtree(made / old, ignore_errors=True)
     start = time.perf_counter()
     tool = Path(sys.executable).with_name("jupyter-book")
     command = [str(tool), "build", str(source)]
-    command += ["--config", "_config.yml", "--path-output", "."]
+    command += ["--config", str(config), "--path-output", str(folder)]
     command += ["-n", "-W", "--keep-going", "--quiet"]
     print("Building the pages ...", flush=True)
     status = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode
     if status == 0:
-        kernel_notebooks.make(source, kernel_notebooks.OUT)
-        shutil.copytree(kernel_notebooks.OUT, BUILD / "html" / "notebooks")
+        kernel_notebooks.make(source, notebooks)
+        shutil.copytree(notebooks, made / "html" / "notebooks")
         print(f"Built in {time.perf_counter() - start:.0f} s. Open this file:")
-        print(f"  {(BUILD / 'html' / 'index.html').as_uri()}")
+        print(f"  {(made / 'html' / 'index.html').as_uri()}")
     return status
 
 

@@ -4,6 +4,9 @@ python book/tools/fresh.py                      all chapters
 python book/tools/fresh.py A.ipynb              some
 python book/tools/fresh.py --python python3.13  with another interpreter
 
+First pip is asked what the install cell would do where the packages of STOCK
+are: none of them may be replaced, under any version of Python in PYTHONS.
+
 A new virtual environment gets what a notebook service brings along. The install cell,
 with which every chapter begins, runs in it once, with a wheel of this checkout instead
 of the public address. Then each chapter runs in an empty folder outside the checkout,
@@ -28,8 +31,19 @@ from links import ROOT, chapters, install_cell, install_target
 
 FRESH = ROOT / "_build" / "fresh"
 CONSTRAINTS = ROOT / "constraints.txt"
-#: What is there before the first cell runs.
-STOCK = ["torch", "numpy", "pandas", "scikit-learn", "matplotlib", "ipykernel"]
+#: What is there before the first cell runs, with versions that notebook services
+#: had; careless needs would replace some of them.
+STOCK = {
+    "torch": "2.6.0",
+    "numpy": "2.0.2",
+    "scipy": "1.14.1",
+    "pandas": "2.2.2",
+    "scikit-learn": "1.6.1",
+    "matplotlib": "3.10.0",
+    "ipython": "7.34.0",
+    "ipykernel": "6.17.1",
+}
+PYTHONS = ("3.11", "3.12", "3.13")
 #: Its kernel; a name of its own, so that no other kernel can answer.
 KERNEL = "fresh"
 
@@ -72,11 +86,46 @@ def install(python: Path) -> None:
     folder = FRESH / "wheel"
     pip(python, "wheel", "--no-deps", "--wheel-dir", str(folder), str(ROOT))
     (wheel,) = folder.glob("lowrank_ref-*.whl")
-    ours = f"lowrank-ref[book] @ {wheel.as_uri()}"
+    ours = f"lowrank-ref[chapters] @ {wheel.as_uri()}"
+    pip(python, "install", "--upgrade", "pip")  # old ones ask for no other Python
+    for version in PYTHONS:
+        new = would_install(python, ours, version)
+        replaced = sorted(set(new) & set(STOCK))
+        text = (
+            f"Python {version}: {len(new)} packages are new, {len(replaced)} replaced"
+        )
+        print(text, *replaced, flush=True)
+        if replaced:
+            raise SystemExit("the install cell replaces what a notebook service has")
     cell = install_cell().replace(install_target(), ours)
     for step in (["-m", "IPython", "-c", cell], ["-c", "import lowrank_ref"]):
         argv = [str(python), *step]
         subprocess.run(argv, cwd=folder, env=environment(), check=True)
+
+
+def would_install(python: Path, target: str, version: str) -> list[str]:
+    """Ask pip what it would install where STOCK are, names only."""
+    with tempfile.TemporaryDirectory() as name:
+        stock = Path(name) / "stock"
+        argv = [str(python), "-m", "venv", "--without-pip", str(stock)]
+        subprocess.run(argv, check=True)
+        (site,) = stock.glob("lib/python*/site-packages")
+        for package, held in STOCK.items():
+            folder = site / f"{package.replace('-', '_')}-{held}.dist-info"
+            folder.mkdir()
+            head = f"Metadata-Version: 2.1\nName: {package}\nVersion: {held}\n"
+            (folder / "METADATA").write_text(head)
+            (folder / "INSTALLER").write_text("pip\n")
+            (folder / "RECORD").touch()
+        report = stock / "report.json"
+        options = ["--python", str(stock / "bin" / "python"), "--quiet", "install"]
+        options += ["--dry-run", "--report", str(report), "--only-binary=:all:"]
+        argv = [str(python), "-m", "pip", *options, "--python-version", version, target]
+        variables = environment()
+        variables.pop("PIP_CONSTRAINT")  # readers have none
+        subprocess.run(argv, env=variables, check=True)
+        new = json.loads(report.read_text())["install"]
+        return [entry["metadata"]["name"].lower().replace("_", "-") for entry in new]
 
 
 def alone(path: Path, folder: Path) -> Path:

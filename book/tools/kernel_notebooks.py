@@ -336,6 +336,13 @@ def make(book: Path, out: Path) -> list[Path]:
     return made
 
 
+def trust(paths: list[Path]) -> None:
+    """Sign notebooks, so that JupyterLab shows figures that move."""
+    notary = NotebookNotary()
+    for path in paths:
+        notary.sign(nbformat.read(path, as_version=4))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -350,9 +357,7 @@ def main() -> int:
     options = parser.parse_args()
     made = make(options.book.resolve(), options.to)
     if options.trust:
-        notary = NotebookNotary()
-        for path in made:
-            notary.sign(nbformat.read(path, as_version=4))
+        trust(made)
     print(f"{len(made)} notebooks for JupyterLab and Colab in {options.to}")
     return 0
 

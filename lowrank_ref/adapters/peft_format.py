@@ -187,7 +187,8 @@ def _named(model: nn.Module) -> dict[str, nn.Module]:
 def _entry(path: str, layer: Adapter) -> PeftLayer:
     name, factors = type(layer).__name__, getattr(layer, "lora_factors", None)
     if factors is None:
-        raise ValueError(f"model: got {name} at {path!r}, wanted adapters with lora_factors()")
+        why = getattr(layer, "no_lora", "")
+        raise ValueError(f"model: got {name} at {path!r}, wanted adapters with lora_factors(){why and '; ' + why}")
     kind = "conv1d" if is_conv1d(layer.base) else _base_shape(layer.base)[0]
     A, B, scale = factors()
     if not len(A):

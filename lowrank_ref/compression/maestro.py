@@ -38,6 +38,7 @@ from lowrank_ref.core.checks import check_finite, check_matrix, check_number, ch
 from lowrank_ref.core.layers import WeightLayer, is_conv1d, linear_like, weight_of
 from lowrank_ref.core.linalg import svd
 from lowrank_ref.core.registry import PaperInfo
+from lowrank_ref.core.weights import trained_factors
 
 
 def prefix_product(A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], rank: int) -> Float[Tensor, "m n"]:
@@ -159,12 +160,7 @@ class MaestroLinear(WeightLayer):
         self, A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], bias: Float[Tensor, " m"] | None = None
     ) -> None:
         super().__init__()
-        check_matrix("A", A)
-        check_matrix("B", B)
-        if B.shape[1] != A.shape[0]:
-            raise ValueError(f"B: got {B.shape[1]} columns, wanted {A.shape[0]}, one for each row of A")
-        self.A, self.B = (nn.Parameter(M.detach().clone(memory_format=torch.contiguous_format)) for M in (A, B))
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.A, self.B, self.bias = trained_factors(A, B, bias)
         self.rank, self.cut, self.kind = A.shape[0], cast(int | None, None), cast(type[nn.Module], nn.Linear)
 
     @classmethod

@@ -13,6 +13,8 @@ The sign of a column is arbitrary, and backends choose differently. Here its lar
 last basis is given as `start`, the column points along its column there.
 """
 
+from typing import Annotated
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -351,7 +353,7 @@ def randomized_factored_svd(
     return U * signs, S[:rank], Vh[:rank] * signs[:, None]
 
 
-def captured_energy(G: Float[Tensor, "m n"], P: Float[Tensor, "m r"]) -> float:
+def captured_energy(G: Float[Tensor, "m n"], P: Annotated[Float[Tensor, "m r"], "orthonormal"]) -> float:
     """Share of ‖G‖_F² that survives projection on an orthonormal basis, ‖PᵀG‖² / ‖G‖².
 
     Args:

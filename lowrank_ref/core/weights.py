@@ -15,7 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lowrank_ref.core.checks import check_wide
+from lowrank_ref.core.checks import check_matrix, check_wide
 
 #: Kinds of layers whose `forward` is known to compute with `weight` and `bias` alone.
 PLAIN = (nn.Linear, nn.Conv2d, nn.Embedding)
@@ -153,6 +153,22 @@ def linear_like(kind: type[nn.Module], weight: Float[Tensor, "m n"], bias: Float
     new.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
     new.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone()))
     return new
+
+
+def trained_factors(
+    A: Float[Tensor, "r n"], B: Float[Tensor, "m r"], bias: Float[Tensor, " m"] | None
+) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter | None]:
+    """Return copies of A, B and bias that train, for a layer that is B(Ax) + bias.
+
+    Raises:
+        TypeError, ValueError: A or B is no finite matrix of floating point, or they do not fit together.
+    """
+    check_matrix("A", A)
+    check_matrix("B", B)
+    if B.shape[1] != A.shape[0]:
+        raise ValueError(f"B: got {B.shape[1]} columns, wanted {A.shape[0]}, one for each row of A")
+    A, B = (M.detach().clone(memory_format=torch.contiguous_format) for M in (A, B))
+    return nn.Parameter(A), nn.Parameter(B), None if bias is None else nn.Parameter(bias.detach().clone())
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:

@@ -10,5 +10,5 @@ and single files. Importing `lowrank_ref.lab` loads nothing else.
     train    one plain loop, resumable                check    a reader's function against the reference
     compare  methods at their own best learning rates results  what was measured on a GPU
     claims   the table of verdicts                    adversarial  training against several attacks
-    budgets  many methods at one size
+    budgets  many methods at one size                 grade    points for a student's work, with reasons
 """

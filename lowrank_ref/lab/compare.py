@@ -250,6 +250,11 @@ class Comparison:
 
     def best(self) -> dict[str, Best]:
         """Return every arm at the learning rate with the best mean; the earlier one of a tie."""
+        return dict(self._best)
+
+    @cached_property
+    def _best(self) -> dict[str, Best]:
+        """Chosen once: a table or a claim asks for it many times."""
         best = {}
         for method, grid in self.grid.items():
             means = self._means(method)

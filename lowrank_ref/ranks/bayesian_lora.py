@@ -1,7 +1,7 @@
 r"""Bayesian-LoRA: stochastic gates, pushed shut by a prior, choose the rank of each update and the bits of each factor.
 
 Meo et al., "Bayesian-LoRA", arXiv 2406.13046v1. The quantiser is that of Bayesian Bits: van Baalen et al., arXiv
-2005.07093. The paper's own text on the prior of the rank was not read: forms follow its first authors' code.
+2005.07093. Of the first paper only the abstract could be read: forms follow the code of its first authors.
 
 | in the papers                                           | here                                                |
 |---------------------------------------------------------|-----------------------------------------------------|
@@ -87,7 +87,7 @@ def chain_kl(q: Float[Tensor, " gates"], penalty: float) -> Float[Tensor, ""]:
 
 
 def chain_penalty(q: Float[Tensor, " gates"], weights: Float[Tensor, " levels"]) -> Float[Tensor, ""]:
-    """Return c_2 + Σ_b c_b·q_4 ... q_b, what the code keeps of the divergence. The first level is always open."""
+    """Return c_2 + Σ_b c_b·q_4 ... q_b, what the official code keeps of the divergence. 2 bits are always open."""
     return weights[0] + (weights[1:] * q.cumprod(0)).sum()
 
 
@@ -169,7 +169,7 @@ class BayesianLoRALinear(LoRALinear):
         return (0.02 * A, 0.02 * B) if self._released else (A / n**0.5, B / m**0.5)
 
     def quantized(self) -> tuple[Float[Tensor, "r n"], Float[Tensor, "m r"], Float[Tensor, " r"]]:
-        """Return Q(A), Q(B) and c ∘ Q(E). Deterministic gates pass gradients as those of u = ½ do."""
+        """Return Q(A), Q(B), c ∘ Q(E). Deterministic gates are hard in value; φ gets the gradients of u = ½."""
         drawn, logits = self.sampled and self.training, (self.rank_logits, self.bit_logits)
         noise = (self.rank_noise, self.bit_noise) if drawn else [torch.zeros_like(t) for t in logits]
         c, z = nested_gates(hard_concrete(logits[0], noise[0])), hard_concrete(logits[1], noise[1])
@@ -243,7 +243,7 @@ PAPER = PaperInfo(
     equations={"z": "hard_concrete", "q(z > 0)": "open_probability", "c": "nested_gates", "KL": "chain_kl"},
     deviations=("E starts at 0", "the rank is charged by cumulative products", "only A, B and E are quantised"),
     aliases=("B-LoRA", "Bayesian Bits", "mixed precision", "quantisation-aware training", "hard concrete"),
-    status="draft",
+    status="checked",
     verified="2026-11-29",
     layers={"BayesianLoRALinear": partial(BayesianLoRALinear, gate=0.0)},
 )

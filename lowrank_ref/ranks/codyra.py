@@ -67,7 +67,7 @@ def threshold_ramp(steps: int, largest: float, *, levels: int = 50, dense: float
     level, ramp = 0, []
     for step in range(steps):
         level += step >= first and step % every == 0
-        ramp.append(largest * min(level, levels - 1) / (levels - 1) if step > first else 0.0)
+        ramp.append(largest * (min(level, levels - 1) / (levels - 1)) if step > first else 0.0)
     return ramp
 
 

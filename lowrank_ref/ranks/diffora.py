@@ -216,7 +216,7 @@ PAPER = PaperInfo(
     authors=("Tangyu Jiang", "Haodi Wang", "Chun Yuan"),
     arxiv="2502.08905v2",
     summary="Ask which modules should have an adapter at all, and let a gate for each module learn the answer.",
-    use_when="you have reason to think that most modules need no change, and can pay for a search of the others",
+    use_when="you know how many modules need a change, most need none, and you can pay for a search",
     instead={
         "lora": "every module needs something, or one short run is all you can pay for",
         "sora": "the ranks may differ and what counts is the sum of numbers, not of modules",

@@ -2,11 +2,12 @@
 
 min over θ of L₂(A*(θ), B*(θ), θ) subject to A*, B* = argmin L₁(A, B, θ), by first-order alternation: A* and B* are
 taken for the present A and B, and how they depend on θ is left out. That DiffoRA searches on two levels is told by a
-summary of it; the alternation is that of differentiable architecture search, and our reading.
+summary of it; the alternation is that of differentiable architecture search, and our reading. Solved exactly, the inner
+problem reaches every γB for every θ, so L₂(A*, B*, θ) does not depend on θ: it is the path that chooses, and so the
+rates, the few steps, and the start at B = 0.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,21 +15,10 @@ from torch import Tensor, nn
 
 from lowrank_ref.core.actions import Action
 from lowrank_ref.core.checks import check_finite, check_integer, check_number
+from lowrank_ref.core.modes import eval_mode
 from lowrank_ref.ranks.diffora import search_layers
 
 __all__ = ["ModuleSearch"]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode, and give each its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class ModuleSearch(Action):
@@ -43,8 +33,8 @@ class ModuleSearch(Action):
         model: holds at least one `DiffoRALinear`.
         loss_fn: called as `loss_fn(model, *batch(i))`, returns a scalar.
         batch: i = 0, 1, ... -> arguments of the loss, from data that A and B are not trained on.
-        lr: learning rate of θ, >= 0. It should be well above that of A and B: gates that move later than these learn
-            nothing.
+        lr: learning rate of θ, >= 0. It should be well above that of A and B: gates that move later than these keep
+            wrong modules.
         warmup: steps of the optimizer before θ first moves, >= 0. While B = 0 the gradient of θ is 0, and just after
             it is tiny: Adam would divide by that.
 
@@ -98,7 +88,7 @@ class ModuleSearch(Action):
         for logit in self.logits:
             logit.requires_grad_(True)
         try:
-            with _evaluating(self.model), torch.enable_grad():
+            with eval_mode(self.model), torch.enable_grad():
                 loss = self.loss_fn(self.model, *self.batch(self.steps - self.warmup))
                 found = torch.autograd.grad(loss, self.logits)
         finally:

@@ -81,6 +81,8 @@ def modules_within(values: Mapping[str, float], costs: Mapping[str, int], budget
 def update_norms(model: nn.Module) -> dict[str, float]:
     """Return path -> ‖ΔW‖ (Frobenius) of every adapter: the cheapest guess at which modules matter, after a short run.
 
+    ΔW is all that the adapter adds: of a `DiffoRALinear` it is γ·s·BA, gate included.
+
     Raises:
         ValueError: no adapter.
     """

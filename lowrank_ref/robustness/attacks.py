@@ -19,9 +19,8 @@ Cost: N + 1 forward and backward passes. The model is in eval mode during the at
 weights get no gradients. An attack computes in the dtype of x: keep x in float32 under autocast.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from lowrank_ref.core.checks import check_integer, check_number
+from lowrank_ref.core.modes import eval_mode
 from lowrank_ref.robustness.attack_losses import check_labels, cross_entropy
 from lowrank_ref.robustness.projections import ascent, check_threat, project
 
@@ -159,18 +159,6 @@ def halving_checkpoints(steps: int) -> list[int]:
         wait = max(wait - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1))
         at += wait
     return done
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to eval mode, and every module back to its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def check_known(name: str, known: Bool[Tensor, "batch *shape"]) -> None:

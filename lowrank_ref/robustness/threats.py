@@ -19,8 +19,9 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from lowrank_ref.core.checks import check_integer, check_number
+from lowrank_ref.core.modes import eval_mode
 from lowrank_ref.robustness.attack_losses import check_labels, cross_entropy, dlr
-from lowrank_ref.robustness.attacks import Attacked, SampleLoss, apgd, check_known, eval_mode
+from lowrank_ref.robustness.attacks import Attacked, SampleLoss, apgd, check_known
 from lowrank_ref.robustness.projections import NORMS
 
 

@@ -22,16 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_ref.adapters import (
+    ALLoRALinear,
     DoRALinear,
     LoLDULinear,
     LoRALinear,
     LoRASqueezer,
     LoRAXSLinear,
     NOLALinear,
+    OutputPenalty,
     PiSSALinear,
     RandLoRALinear,
+    SaRALinear,
     SVFitLinear,
     start_lora_sb,
+    teacher_logits,
 )
 from lowrank_ref.adapters.randlora import block_count
 from lowrank_ref.adapters.squeeze_training import halving_plan
@@ -72,11 +76,15 @@ class Bed:
 
 @dataclass
 class Setup:
-    """What a method has set up: groups of the optimizer (None: one), what acts after steps, what ends the training."""
+    """What a method has set up: groups of the optimizer (None: one), what acts after steps, what ends the training.
+
+    `penalty` (model -> a number that is added to the loss) is read on the planted ranks only.
+    """
 
     groups: list[dict[str, Any]] | None = None
     actions: Callable[[nn.Module, torch.optim.Optimizer, int], Sequence[Any]] = lambda *_: ()
     finish: Callable[[nn.Module], Mapping[str, float] | None] = lambda _: None
+    penalty: Callable[[nn.Module], Tensor] | None = None
 
 
 Put = Callable[[nn.Module, int, Bed, torch.Generator], Setup | None]
@@ -157,6 +165,27 @@ def mps_numbers(m: int, n: int, size: int) -> int:
     return m * r + r * n1 * bond + bond * n2
 
 
+def sara(linear: nn.Linear, r: int, generator: torch.Generator) -> nn.Module:
+    """Return a layer whose smallest weights train, as many as LoRA of rank r has numbers."""
+    m, n = linear.weight.shape
+    return SaRALinear(linear, min(r * (m + n), m * n) / (m * n))
+
+
+def ba_lora(model: nn.Module, size: int, bed: Bed, generator: torch.Generator) -> Setup:
+    """PiSSA, and the gradients of three penalties on the logits beside that of the loss."""
+    low_rank(PiSSALinear)(model, size, bed, generator)
+    penalty = OutputPenalty()
+
+    def add(module: nn.Module, inputs: Any, z: Tensor) -> None:
+        if z.requires_grad:  # not of the teacher, nor when the model is judged
+            own, teacher = z.detach().requires_grad_(), teacher_logits(module, *inputs)
+            (G,) = torch.autograd.grad(penalty(own, teacher), own)
+            z.register_hook(lambda gradient: gradient + G)
+
+    hook = model.register_forward_hook(add)
+    return Setup(finish=lambda _: hook.remove())
+
+
 def lora_sb(model: nn.Module, size: int, bed: Bed, generator: torch.Generator) -> None:
     """Put LoRA-SB on every layer, from the gradients of a few samples."""
     device = next(model.parameters()).device
@@ -215,31 +244,51 @@ def lora_cut(model: nn.Module, size: int, bed: Bed, generator: torch.Generator) 
     return Setup(finish=finish)
 
 
-class CutAt(Action):
-    """Cuts LoRA layers to a budget by their singular values after so many steps, and starts Adam's moments anew."""
+class ActAt(Action):
+    """Does something once, `now`, after so many steps."""
 
     state_names = ("done",)
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, at: int, budget: int) -> None:
-        self.model, self.optimizer, self.at, self.budget, self.done, self.most = model, optimizer, at, budget, 0, 0
+    def __init__(self, at: int) -> None:
+        self.at, self.done = at, 0
 
     def act(self) -> None:
-        """Count a step, and cut when it is time."""
+        """Count a step; is it time?"""
         self.done += 1
-        if self.done != self.at:
-            return
+        if self.done == self.at:
+            self.now()
+
+    def now(self) -> None:
+        """Do it."""
+        raise NotImplementedError
+
+
+class CutAt(ActAt):
+    """Cuts LoRA layers to a budget by their singular values after so many steps, and starts Adam's moments anew."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, at: int, budget: int) -> None:
+        super().__init__(at)
+        self.model, self.optimizer, self.budget, self.most = model, optimizer, budget, 0
+
+    def now(self) -> None:
+        """Cut."""
         self.most = state_bytes(self.optimizer)
-        groups = self.optimizer.param_groups
-        known = {id(p) for group in groups for p in group["params"]}
         prune_by_svd(self.model, self.budget)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        for group in groups:
-            held = {id(p) for p in trained}
-            for p in group["params"]:
-                if id(p) not in held:
-                    self.optimizer.state.pop(p, None)
-            group["params"] = [p for p in group["params"] if id(p) in held]
-        groups[0]["params"] += [p for p in trained if id(p) not in known]
+        train_what_is_left(self.model, self.optimizer)
+
+
+def train_what_is_left(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """After layers were replaced, let the optimizer forget what is gone and take what is new, without moments."""
+    groups = optimizer.param_groups
+    known = {id(p) for group in groups for p in group["params"]}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    held = {id(p) for p in trained}
+    for group in groups:
+        for p in group["params"]:
+            if id(p) not in held:
+                optimizer.state.pop(p, None)
+        group["params"] = [p for p in group["params"] if id(p) in held]
+    groups[0]["params"] += [p for p in trained if id(p) not in known]
 
 
 def lora_cut_halfway(model: nn.Module, size: int, bed: Bed, generator: torch.Generator) -> Setup:
@@ -306,6 +355,13 @@ METHODS: dict[str, Method] = {
         _lora,
         drawn=False,
     ),
+    "ALLoRA": Method(
+        "A and B, rows that have moved less",
+        each(lambda linear, r, g: ALLoRALinear(linear, capped(r, linear), generator=g)),
+        BY_LORA,
+        _lora,
+    ),
+    "BA-LoRA": Method("PiSSA under three penalties on its outputs", ba_lora, {"digits": 0.012}, _lora, drawn=False),
     "RandLoRA": Method(
         "Λ and Γ beside frozen random bases",
         each(lambda linear, r, g: RandLoRALinear(linear, capped(r, linear), generator=g)),
@@ -340,6 +396,13 @@ METHODS: dict[str, Method] = {
         each(lambda linear, r, g: LoRAXSLinear(linear, capped(r, linear), generator=g)),
         BY_CORE,
         _core,
+    ),
+    "SaRA": Method(
+        "the smallest weights, as many as LoRA's numbers",
+        each(sara),
+        {"digits": 0.012, "verses": 0.001, "speeches": 0.001},
+        lambda m, n, r: min(r * (m + n), m * n),
+        drawn=False,
     ),
     "MPS": Method("B, and A as two cores", each(mps), BY_LORA, mps_numbers),
     "full cut": Method(

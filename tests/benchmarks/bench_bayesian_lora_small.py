@@ -1,4 +1,4 @@
-"""Does Bayesian-LoRA find ranks and bits, and is what it finds smaller at equal error? CPU, 100 minutes on one core.
+"""Does Bayesian-LoRA find ranks and bits, and is what it finds smaller at equal error? CPU, 140 minutes on one core.
 
     python tests/benchmarks/bench_bayesian_lora_small.py --out book/results/bayesian_lora_small.json --device cpu
 
@@ -6,7 +6,8 @@ planted: four layers whose updates have rank 0, 1, 1 and 8; rank 12 to begin wit
 three layers, rank 8 to begin with. Arms: gates at several penalties and rates of the logits; the same without noise,
 without a task gradient on the logits, with the code's penalty, start or exact divergence; and what needs no gates:
 LoRA of one rank, LoRA cut by its singular values, cut and trained on, SoRA, and training in one width for all. Those
-are also rounded after training, to 16 to 2 bits, one range a factor.
+are also rounded after training, to 16 to 2 bits, one range a factor. "fixed" arms train from the start in the ranks of
+a stored gated run, in its bits or in random bits of equal size: is what the gates chose better than a draw?
 
 Sizes are bits of codes and 32 for each range. "curve" holds [kilobits, test, valid, rank, bits] of everything that was
 made of one trained model.
@@ -15,6 +16,7 @@ made of one trained model.
 import copy
 import itertools
 import math
+import random
 import re
 import tempfile
 from collections.abc import Callable
@@ -35,7 +37,15 @@ from lowrank_ref.lab.train import train
 from lowrank_ref.ranks import ProximalGates, SoRALinear, gate_groups, prune, prune_by_svd
 from lowrank_ref.ranks.bayesian_lora import BayesianLoRALinear
 from lowrank_ref.ranks.bit_export import load_bits, save_bits
-from lowrank_ref.ranks.bit_gates import GateSampler, bit_cost, chain_divergence, gated_layers, logit_groups, stored_bits
+from lowrank_ref.ranks.bit_gates import (
+    GateSampler,
+    bit_cost,
+    chain_divergence,
+    gated_layers,
+    logit_groups,
+    prune_to_lora,
+    stored_bits,
+)
 from lowrank_ref.ranks.residual_bits import codes_of
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -51,7 +61,8 @@ class Planted:
     penalties, uniform, finishes = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (4, 8), (10, 14)
     widths, logit_rate, others, main = ((8, 8), (8, 4)), 0.05, (0.02, 0.1), 3e-3
     kinds = ("u = 1/2", "prior only", "separate ranks", "released start", "exact KL", "bop", "φ = 2")
-    unsampled = (1e-3,)
+    unsampled, beyond = (3e-4, 1e-3), {3e-4: 0.005, 3e-3: 0.16}
+    plain, trained_cut, fixed = (0.005, 0.01, 0.02, 0.04), True, ("learned bits", "random bits 1", "random bits 2")
 
     def __init__(self, seed: int) -> None:
         self.task = planted_rank(seed)
@@ -71,8 +82,9 @@ class Digits:
     setting = "MLP 64-128-128-10 of upright digits, turned by 90 degrees; Adam, batches of 64"
     rank, steps, cuts = 8, 400, (2, 3, 4, 6, 8, 12, 16, 24)
     penalties, uniform, finishes = (3e-3, 1e-2, 3e-2, 1e-1), (1, 4), (4, 8)
-    widths, logit_rate, others, main = ((8, 8), (8, 4)), 0.1, (), 1e-2
-    kinds, unsampled = ("u = 1/2",), ()
+    widths, logit_rate, others, main = ((8, 8), (5, 8), (8, 4), (4, 4)), 0.1, (), 1e-2
+    kinds, unsampled, beyond = ("u = 1/2",), (3e-3, 3e-2, 1e-1), {}
+    plain, trained_cut, fixed = (0.005, 0.01, 0.02, 0.04, 0.08), False, ()
 
     def __init__(self, seed: int) -> None:
         self.data = shifted_digits("turned")
@@ -188,8 +200,8 @@ def ranks_of(model: nn.Module) -> list[int]:
 
 def gates(bed: Bed, lr: float, seed: int, *, penalty: float, rate: float, kind: str, steps: int) -> dict[str, Any]:
     """Train Bayesian-LoRA."""
-    start = "released" if kind == "released start" else "base"
-    gate = 2.0 if kind == "φ = 2" else 6.0
+    start = "released" if "released start" in kind else "base"
+    gate = 2.0 if "φ = 2" in kind else 6.0
     model = adapted(bed, BayesianLoRALinear, bed.rank, seed, start=start, gate=gate)
     layers = gated_layers(model).values()
     cost = partial(bit_cost, cumulative=kind != "separate ranks", weighting="bop" if kind == "bop" else "const")
@@ -207,7 +219,7 @@ def gates(bed: Bed, lr: float, seed: int, *, penalty: float, rate: float, kind: 
     fit(bed, model, groups, lr, steps=steps, seed=seed, act=act, penalty=lambda m: penalty * cost(m))
     for layer in layers:
         vars(layer).pop("quantized", None)
-    return model_of_gates(bed, model.eval(), exhaustive=isinstance(bed, Planted) and not kind)
+    return model_of_gates(bed, model.eval(), exhaustive=not kind and rate == bed.logit_rate)
 
 
 def blocked(layer: BayesianLoRALinear) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,7 +249,7 @@ def model_of_gates(bed: Bed, model: nn.Module, *, exhaustive: bool) -> dict[str,
     for layer in gated_layers(plain).values():
         layer.bit_logits.fill_(20.0)
     row["at 16 bits"] = float(f"{bed.measure(plain)[0]:.5g}")
-    return row | (searched(bed, layers) if exhaustive else {})
+    return row | (searched(bed, layers) if exhaustive and isinstance(bed, Planted) else {})
 
 
 @torch.no_grad()
@@ -277,21 +289,53 @@ def searched(bed: Planted, layers: list[BayesianLoRALinear]) -> dict[str, Any]:
         found |= {"searched": float(f"{error[best, 1]:.5g}"), "searched kilobits": float(size[best]) / 1000}
     if bool(near.any()):
         found["random bits"] = float(f"{10 ** error[near, 1].log10().mean():.5g}")
+        found["random bits, median"] = float(f"{error[near, 1].median():.5g}")
+    h = x
+    for layer in layers:
+        h = h + torch.tanh(layer(h))
+    found["same rows"] = float(f"{(h - y).square()[rows:].mean():.5g}")  # of the learned bits
     return found
 
 
-def one_width(bed: Bed, lr: float, seed: int, *, bits: int, rank: int, steps: int) -> dict[str, Any]:
+def hold(model: nn.Module, widths: list[list[int]]) -> nn.Module:
+    """Fix the bits of A, B and E of every layer, all ranks open."""
+    for layer, own in zip(gated_layers(model).values(), widths, strict=True):
+        with torch.no_grad():
+            for logits, bits in zip(layer.bit_logits, own):
+                logits[bits.bit_length() - 2 :] = -20.0
+        layer.rank_logits.requires_grad_(False)
+        layer.bit_logits.requires_grad_(False)
+    return model
+
+
+def one_width(bed: Bed, lr: float, seed: int, *, bits: int, rank: int, steps: int, cut: bool) -> dict[str, Any]:
     """Train A, B and E in one width, all ranks open: what is left of Bayesian-LoRA without its gates."""
     model = adapted(bed, BayesianLoRALinear, rank, seed, gate=20.0)
-    logits = []
-    for layer in gated_layers(model).values():
-        with torch.no_grad():
-            layer.bit_logits[:, bits.bit_length() - 2 :] = -20.0
-        logits += [layer.rank_logits, layer.bit_logits]
-    for p in logits:
-        p.requires_grad_(False)
+    hold(model, [[bits] * 3] * len(gated_layers(model)))
     fit(bed, model, trained_of(model), lr, steps=steps, seed=seed)
-    return model_of_gates(bed, model.eval(), exhaustive=False)
+    row = model_of_gates(bed, model.eval(), exhaustive=False)
+    return row | ({"cut": cut_curves(bed, prune_to_lora(model))} if cut else {})
+
+
+def fixed(
+    bed: Bed, lr: float, seed: int, *, steps: int, choice: str, gated: Callable[[int], tuple[list[int], list[int]]]
+) -> dict[str, Any]:
+    """Train from the start in the ranks of a gated run of this seed, in its bits or in random ones of equal size.
+
+    Random: of 4,000 draws of 2, 4 or 8 bits for each A and B, E's bits kept, the nearest in size.
+    """
+    ranks, bits = gated(seed)
+    widths = [bits[i : i + 3] for i in range(0, len(bits), 3)]
+    if choice != "learned bits":
+        draw = random.Random(f"{seed} {choice}")
+        size = lambda ways: sum(k * (a + b) for k, (a, b, _) in zip(ranks, ways))  # noqa: E731
+        draws = [[[draw.choice((2, 4, 8)), draw.choice((2, 4, 8)), own[2]] for own in widths] for _ in range(4000)]
+        widths = min((ways for ways in draws if ways != widths), key=lambda ways: abs(size(ways) - size(widths)))
+    each = iter(ranks)
+    make = lambda base, _, **options: BayesianLoRALinear(base, k := next(each), **options | {"alpha": 2.0 * k})  # noqa: E731
+    model = hold(adapted(bed, make, bed.rank, seed, gate=20.0), widths)
+    fit(bed, model, trained_of(model), lr, steps=steps, seed=seed)
+    return model_of_gates(bed, model.eval(), exhaustive=True)
 
 
 def lora(bed: Bed, lr: float, seed: int, *, rank: int, steps: int) -> dict[str, Any]:
@@ -331,29 +375,32 @@ class Plan:
 
     run: Callable[..., dict[str, Any]]
     rates: tuple[float, ...]
-    seeds: int = 5
 
 
-def arms(bed: type[Bed]) -> dict[str, Plan]:
-    """Arm -> its plan; arms of no claim have two seeds and three rates."""
-    fast, slow, middle = (0.01, 0.02, 0.04, 0.08), (0.0025, 0.005, 0.01, 0.02), (0.005, 0.01, 0.02, 0.04)
+def arms(bed: type[Bed], gated: Callable[[int], tuple[list[int], list[int]]]) -> dict[str, Plan]:
+    """Arm -> its plan; `gated` gives ranks and bits of a stored gated run by its seed."""
+    fast, slow, middle = (0.01, 0.02, 0.04, 0.08), (0.0025, 0.005, 0.01, 0.02), bed.plain
     if bed is Digits:
-        slow = middle = fast
+        slow = fast = middle
     found = {}
     for mu, rate in itertools.product(bed.penalties, (bed.logit_rate, *bed.others)):
         run, main = partial(gates, penalty=mu, rate=rate, kind=""), rate == bed.logit_rate
-        found[f"B-LoRA μ={mu:g} φ-rate {rate:g}"] = Plan(run, fast if main else fast[:3], 5 if main else 2)
+        few = rate < bed.logit_rate or (not main and mu > 3e-3)  # of no claim
+        rates = (*fast, bed.beyond[mu]) if main and mu in bed.beyond else fast[:3] if few else fast
+        found[f"B-LoRA μ={mu:g} φ-rate {rate:g}"] = Plan(run, rates)
     for kind, mu in [*((kind, bed.main) for kind in bed.kinds), *(("u = 1/2", mu) for mu in bed.unsampled)]:
         run = partial(gates, penalty=mu, rate=bed.logit_rate, kind=kind)
-        seeds = 2 if kind in ("exact KL", "bop", "φ = 2") else 5
-        rates = fast if kind == "u = 1/2" else fast[:3]
-        found[f"B-LoRA μ={mu:g} φ-rate {bed.logit_rate:g}, {kind}"] = Plan(run, rates, seeds)
+        rates = fast if kind in ("u = 1/2", "exact KL") else fast[:3]
+        found[f"B-LoRA μ={mu:g} φ-rate {bed.logit_rate:g}, {kind}"] = Plan(run, rates)
+    for choice in bed.fixed:
+        found[f"fixed, {choice}"] = Plan(partial(fixed, choice=choice, gated=gated), bed.plain[:3])
     found |= {f"LoRA r={r}": Plan(partial(lora, rank=r), slow) for r in (*bed.uniform, bed.rank)}
     found |= {f"cut to {k}, finished": Plan(partial(cut_and_finish, ranks=k), slow) for k in bed.finishes}
     found |= {f"SoRA λ={pull:g}": Plan(partial(sora, pull=pull), middle) for pull in (0.4, 0.8)}
     for r, bits in bed.widths:
-        rank = bed.rank if bits == 16 else r
-        found[f"{bits} bit r={rank}"] = Plan(partial(one_width, bits=bits, rank=rank), middle)
+        found[f"{bits} bit r={r}"] = Plan(partial(one_width, bits=bits, rank=r, cut=False), middle)
+    if bed.trained_cut:
+        found[f"8 bit r={bed.rank}"] = Plan(partial(one_width, bits=8, rank=bed.rank, cut=True), middle)
     return found
 
 
@@ -368,6 +415,14 @@ def measured(bed: type[Bed], run: Callable[..., dict[str, Any]], lr: float, seed
     return row | {"log10 test": round(math.log10(test), 5), "log10 valid": round(math.log10(valid), 5)}
 
 
+def chosen(runs: Runs, bed: type[Bed], seed: int) -> tuple[list[int], list[int]]:
+    """Ranks and bits of the stored gated run of this seed at the main penalty, at the largest rate that converges."""
+    name = f"B-LoRA μ={bed.main:g} φ-rate {bed.logit_rate:g}"
+    rows = (row for row in runs.rows if (row["method"], row["seed"]) == (name, seed) and row["lr"] <= 0.08)
+    row = max(rows, key=lambda row: row["lr"])
+    return row["ranks"], row["bits"]
+
+
 def main() -> None:
     """Run the parts asked for."""
     args = arguments(__doc__ or "", ("planted", "digits"))
@@ -378,9 +433,10 @@ def main() -> None:
         steps = 6 if args.tiny else bed.steps
         setting = f"{bed.setting}; {steps} steps, rank {bed.rank} to begin with"
         runs = Runs(args.out, part, setting=setting, packages=("scikit-learn",), seconds=args.seconds)
-        for seed, (name, plan) in itertools.product(SEEDS[:1] if args.tiny else SEEDS, arms(bed).items()):
+        gated = partial(chosen, runs, bed)
+        for seed, (name, plan) in itertools.product(SEEDS[:1] if args.tiny else SEEDS, arms(bed, gated).items()):
             for lr in plan.rates[:1] if args.tiny else plan.rates:
-                if seed in SEEDS[: plan.seeds] and re.search(args.only, f"{name}, seed {seed}"):
+                if re.search(args.only, f"{name}, lr {lr:g}, seed {seed}"):
                     key = {"method": name, "lr": lr, "seed": seed}
                     runs.row(key, partial(measured, bed, plan.run, lr, seed, steps))
 

@@ -12,6 +12,7 @@ Any number of processes may run the same command at once: each takes arms that n
 prints no row.
 """
 
+import copy
 import inspect
 import re
 import time
@@ -38,7 +39,7 @@ from adapter_arms import (
 )
 from bench_lora_minilm import Top
 from common import ROOT, Runs, arguments
-from rank_allocators import ALLOCATORS, arm
+from rank_allocators import ALLOCATORS, Allocator, arm
 from torch import Tensor, nn
 from verses_task import COUNTS, HEAD_LR, LINEAR, loss_fn, measured, state_of, train_top, verse_data
 
@@ -129,7 +130,8 @@ def planted_row(name: str, setting: float, lr: float, seed: int, steps: int) -> 
     begin = time.perf_counter()
     try:
         actions = lambda model, optimizer: made[0].actions(model, optimizer, steps)  # noqa: E731
-        model = train_planted(task, adapt, lr, seed=seed, steps=steps, actions=actions)
+        penalty = lambda model: made[0].penalty(model) if made[0].penalty else torch.zeros(())  # noqa: E731
+        model = train_planted(task, adapt, lr, seed=seed, steps=steps, actions=actions, penalty=penalty)
         made[0].finish(model)
     except (FloatingPointError, ValueError, torch.linalg.LinAlgError):
         return {"error": "diverged"}
@@ -212,7 +214,9 @@ def main() -> None:
         for method, allocator in ALLOCATORS.items():
             for value in allocator.settings:
                 if wanted("allocators", arm(method, value)):
-                    runs = opened("allocators", setting, (allocator.put,), truth=[0, 1, 1, 8])
+                    runs = opened(
+                        "allocators", setting, planted_files(allocator), packages=("peft",), truth=[0, 1, 1, 8]
+                    )
                     row = partial(named, method, value, partial(planted_row, method, value, steps=steps))
                     todo[arm(method, value)] = runs, row, allocator.rate
         swept(args.out, "allocators", todo, seeds=seeds, rates=min(rates, 5))
@@ -227,9 +231,19 @@ def named(method: str, size: float, row: Row, lr: float, seed: int) -> dict[str,
 
 def digits_files(method: str, size: int) -> list[Any]:
     """Return the classes that a method puts on the network."""
-    model = pretrained_on_digits()
+    return new_classes(pretrained_on_digits(), lambda model, generator: put(method, model, size, DIGITS, generator))
+
+
+def planted_files(allocator: Allocator) -> list[Any]:
+    """Return the classes that an allocator puts on the network with planted ranks."""
+    model, setting = copy.deepcopy(planted_rank(0).base), allocator.settings[-1]
+    return new_classes(model, lambda model, generator: allocator.put(model, setting, generator))
+
+
+def new_classes(model: nn.Module, change: Callable[[nn.Module, torch.Generator], Any]) -> list[Any]:
+    """Return the classes of the modules that a change puts into a model."""
     before = {id(module) for module in model.modules()}
-    put(method, model, size, DIGITS, torch.Generator().manual_seed(0))
+    change(model, torch.Generator().manual_seed(0))
     return list({type(module) for module in model.modules() if id(module) not in before})
 
 

@@ -8,12 +8,12 @@ memory of LoRA everywhere, of the gates at one level, of the search on two level
 
 import copy
 import gc
-import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from common import Runs, arguments, milliseconds, peak_mib, reset_peak
+from common import Runs, arguments, interleaved, peak_mib, reset_peak
 
 from lowrank_ref.adapters import LoRALinear
 from lowrank_ref.core.accounting import parameter_report
@@ -31,14 +31,15 @@ def adapted(model: GPT, kind: Any) -> GPT:
     return replace_linears(model, r"^blocks\.", partial(kind, rank=RANK, alpha=2 * RANK, generator=generator))
 
 
-def measure(base: GPT, name: str, x: torch.Tensor, device: str) -> dict[str, Any]:
-    """Train for a few steps; return time, memory and the trained numbers."""
+def stepper(base: GPT, name: str, x: torch.Tensor, device: str) -> tuple[int, Callable[[], None]]:
+    """Return the trained numbers of a method, θ included, and a step of its training."""
     model: Any = adapted(copy.deepcopy(base), LoRALinear if name.startswith("LoRA r=8") else DiffoRALinear)
     if "half" in name:
         logits = module_logits(model)
         keep_modules(model, top_modules(logits, len(logits) // 2), rank=2 * RANK)
     model.to(device)
     mine = torch.cat([x, x]) if "twice" in name else x
+    count = parameter_report(model).trainable  # before a search takes θ away from the optimizer
 
     def loss(model: GPT, rows: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device, torch.bfloat16):
@@ -55,10 +56,17 @@ def measure(base: GPT, name: str, x: torch.Tensor, device: str) -> dict[str, Any
         loss(model, mine).backward()
         optimizer.step()
 
+    return count, step
+
+
+def peak_of(base: GPT, name: str, x: torch.Tensor, device: str) -> int:
+    """Return the peak of memory of a second step, with no other model of this script on the card than the base."""
+    gc.collect()
+    _, step = stepper(base, name, x, device)
     step()
     reset_peak()
-    row = {"trainable": parameter_report(model).trainable, **milliseconds(step, repeats=20)}
-    return {**row, "peak_mib": round(peak_mib())}
+    step()
+    return round(peak_mib())
 
 
 def main() -> None:
@@ -73,13 +81,18 @@ def main() -> None:
     x = torch.randint(shape["vocab_size"], (batch, length + 1), device=args.device)
     setting = (
         f"GPT, {shape['layers']} layers, d = {shape['dim']}, all linear layers of the blocks adapted, float32 under "
-        f"bf16 autocast, {batch} x {length} tokens"
+        f"bf16 autocast, {batch} x {length} tokens; peaks one by one, times in turns, median and max - min of 30 steps"
     )
     runs = Runs(args.out, "cost", setting=setting, seconds=args.seconds)
+    peaks = {name: peak_of(base, name, x, args.device) for name in METHODS}
+    gc.collect()
+    counts, steps = {}, {}
     for name in METHODS:
-        if re.search(args.only, name):
-            runs.row({"method": name}, partial(measure, base, name, x, args.device))
-            gc.collect()
+        counts[name], steps[name] = stepper(base, name, x, args.device)
+    times = interleaved(steps, repeats=30, warmup=5)
+    for name in METHODS:
+        row = {"trainable": counts[name], **times[name], "peak_mib": peaks[name]}
+        runs.row({"method": name}, lambda row=row: row)
 
 
 if __name__ == "__main__":

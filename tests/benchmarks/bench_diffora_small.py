@@ -3,21 +3,26 @@
     python tests/benchmarks/bench_diffora_small.py --out book/results/diffora_small.json --device cpu
 
 search, noisy: how many of the three planted modules of six each way to choose finds, at five rates.
+search_again, noisy_again: three of these ways with seeds that no choice of a rate has seen.
 planted, unequal: test error after training with the choice; in "unequal" all layers but one need something.
 transformer: a vision transformer of four blocks, 28 modules, from upright digits to digits turned by 90 degrees.
+
+AdaLoRA is PEFT's; without the package its rows are left out.
 """
 
 import copy
 import functools
+import importlib.util
 import math
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from bench_increlora_small import Masking, Matrices
 from common import Runs, arguments
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,10 +53,11 @@ from lowrank_ref.ranks.diffora import search_layers
 
 #: s of every adapter, whatever its rank.
 SCALE = 2.0
-#: Learning rate of θ.
+#: Learning rate of θ where an arm's name tells no other one; the package's default is 0.1.
 LOGIT_LR = 0.02
 WARMUP = 20
 SEEDS = (0, 1, 2, 3, 4)
+NEW_SEEDS = (5, 6, 7, 8, 9)
 
 
 @dataclass(frozen=True)
@@ -167,12 +173,20 @@ def fit(
     return model
 
 
-def lora(bed: Bed, generator: torch.Generator, rank: int, kind: type = LoRALinear, **options: Any) -> nn.Module:
-    """Return the network with an adapter on every module, all with s = 2."""
+def lora(
+    bed: Bed,
+    generator: torch.Generator,
+    rank: int,
+    kind: type = LoRALinear,
+    *,
+    scale: float = SCALE,
+    **options: Any,
+) -> nn.Module:
+    """Return the network with an adapter on every module, all with the same s."""
 
     def make(base: nn.Linear) -> nn.Module:
         r = min(rank, *base.weight.shape)
-        return kind(base, r, alpha=SCALE * r, generator=generator, **options)
+        return kind(base, r, alpha=scale * r, generator=generator, **options)
 
     return replace_linears(bed.model(), bed.pattern, make)
 
@@ -180,22 +194,53 @@ def lora(bed: Bed, generator: torch.Generator, rank: int, kind: type = LoRALinea
 def searched(bed: Bed, lr: float, seed: int, steps: int, how: str = "") -> tuple[nn.Module, ModuleSearch | None]:
     """Search; half of the training rows for A and B, the other half for θ, but for what `how` says."""
     generator = torch.Generator().manual_seed(seed)
-    model = lora(bed, generator, bed.high, DiffoRALinear)
+    model = lora(bed, generator, bed.high, DiffoRALinear, scale=1.0 if "s = 1" in how else SCALE)
+    logit_lr = told_number(r"θ at ([\d.]+)", how, LOGIT_LR)
     order = torch.randperm(len(bed.data[0]), generator=generator)
     one, two = order.chunk(2)
     if "softmax" in how:
         couple_logits(model)
     if "one level" in how:
-        return fit(bed, model, lr, seed, steps, rows=one, logit_lr=LOGIT_LR), None
+        return fit(bed, model, lr, seed, steps, rows=one, logit_lr=logit_lr), None
     x, y = (t[one if "one split" in how else two] for t in bed.data[:2])
     if "shuffled" in how:
         y = y[torch.randperm(len(y), generator=generator)]
     batches = array_batches(x, y, batch=min(bed.batch, len(x)), seed=seed + 1000)
-    rate = re.search(r"θ at ([\d.]+)", how)
-    search = ModuleSearch(
-        model, bed.loss, batches, lr=float(rate[1]) if rate else LOGIT_LR, warmup=0 if "no warm-up" in how else WARMUP
-    )
+    search = ModuleSearch(model, bed.loss, batches, lr=logit_lr, warmup=0 if "no warm-up" in how else WARMUP)
     return fit(bed, model, lr, seed, steps, rows=one, actions=lambda _: [search]), search
+
+
+def told_number(pattern: str, name: str, default: float) -> float:
+    """Return the number in an arm's name, or the default."""
+    return float(match[1]) if (match := re.search(pattern, name)) else default
+
+
+def adalora(bed: Bed, lr: float, seed: int) -> tuple[nn.Module, int]:
+    """Train PEFT's AdaLoRA from rank `high` to the budget; return the plain network, and the numbers that it keeps."""
+    import peft
+
+    torch.manual_seed(seed)
+    config = peft.AdaLoraConfig(
+        init_r=bed.high,
+        target_r=bed.rank,
+        tinit=bed.steps // 10,
+        tfinal=bed.steps // 2,
+        deltaT=max(1, bed.steps // 80),
+        total_step=bed.steps,
+        lora_alpha=int(SCALE * bed.high),
+        lora_dropout=0.0,
+        target_modules=list(bed.costs),
+        orth_reg_weight=0.1,
+    )
+    inner: Any = peft.get_peft_model(bed.model(), config)
+    judged = replace(bed, loss=lambda model, x, y: bed.loss(model, x, y) + model.penalty())
+    model = fit(judged, Matrices(inner), lr, seed, bed.steps, actions=lambda _: [Masking(inner)])
+    inner.base_model.update_and_allocate(bed.steps)
+    kept = {
+        path: int(model.model.get_submodule(f"base_model.model.{path}").lora_E["default"].count_nonzero())
+        for path in bed.costs
+    }
+    return inner.merge_and_unload(), sum(rank * bed.costs[path] for path, rank in kept.items())
 
 
 def chosen_by(scores: dict[str, float], count: int, bed: Bed) -> tuple[str, ...]:
@@ -233,7 +278,7 @@ def run(bed: Bed, name: str, lr: float, seed: int) -> dict[str, Any]:
     try:
         model, told = trained(bed, name, lr, seed)
         count = numel({id(p): p for _, a in adapters(model) for p in a.adapter_parameters().values()}.values())
-        return {**told, **measured(bed, model), "trainable": count}
+        return {**measured(bed, model), "trainable": count, **told}
     except FloatingPointError:
         return {"error": "diverged"}
 
@@ -247,6 +292,9 @@ def trained(bed: Bed, name: str, lr: float, seed: int) -> tuple[nn.Module, dict[
         rank = int(re.search(r"r=(\d+)", name)[1])  # type: ignore[index]
         rest = steps - bed.search if "fewer steps" in name else steps
         return fit(bed, lora(bed, generator, rank), lr, seed, rest), told
+    if name == "AdaLoRA":
+        model, told["trainable"] = adalora(bed, lr, seed)
+        return model, told
     if name.startswith("SVD"):
         finish = "finished" in name
         model = fit(bed, lora(bed, generator, bed.high), lr, seed, bed.search if finish else steps)
@@ -261,7 +309,7 @@ def trained(bed: Bed, name: str, lr: float, seed: int) -> tuple[nn.Module, dict[
         return (prune_by_svd(model, bed.budget) if list(adapters(model)) else model), told
     share = "none"
     if name.startswith("DiffoRA"):
-        model, _ = searched(bed, lr, seed, bed.search, name)
+        model, _ = searched(bed, told_number(r"search at ([\d.]+)", name, lr), seed, bed.search, name)
         scores = update_norms(model) if "by norm" in name else module_logits(model)
         if "smallest" in name or "other way" in name:
             scores = {path: -value for path, value in scores.items()}
@@ -274,7 +322,7 @@ def trained(bed: Bed, name: str, lr: float, seed: int) -> tuple[nn.Module, dict[
         told["cut"] = measured(bed, cut)["loss"]
         rest = steps if "search beside" in name else steps - bed.search
     else:
-        rest = steps
+        rest = steps - bed.search if "fewer steps" in name else steps
         if name.startswith("norm"):
             early = max(2, bed.steps // 12)
             scores, rest = update_norms(fit(bed, lora(bed, generator, bed.high), lr, seed, early)), steps - early
@@ -282,7 +330,7 @@ def trained(bed: Bed, name: str, lr: float, seed: int) -> tuple[nn.Module, dict[
             scores = gradient_scores(bed)
         elif name.startswith("random"):
             paths = list(bed.costs)
-            random.Random(f"{name} {seed}").shuffle(paths)
+            random.Random(f"{name.partition(',')[0]} {seed}").shuffle(paths)
             scores = {path: float(-paths.index(path)) for path in bed.costs}
         elif name.startswith("planted"):
             scores = {path: float(path in bed.planted) for path in bed.costs}
@@ -308,6 +356,8 @@ def choose(bed: Bed, name: str, lr: float, seed: int) -> dict[str, Any]:
         else:
             model, _ = searched(bed, lr, seed, steps, name)
             scores = {"θ": module_logits(model), "norm": update_norms(model)}
+            gates = {path: layer.gate().item() for path, layer in search_layers(model).items()}
+            scores["bare norm"] = {path: norm / gates[path] for path, norm in scores["norm"].items()}
     except FloatingPointError:
         return {"error": "diverged"}
     row = {}
@@ -336,8 +386,25 @@ PLANTED = (
     "SVD cut",
     "SVD cut, finished",
     *SORA,
+    "DiffoRA K=3, θ at 0.1",
+    "DiffoRA K=3, θ at 0.1, softmax",
+    "DiffoRA K=3, θ at 0.1, smallest",
+    "DiffoRA K=3, θ at 0.1, shared",
+    "DiffoRA K=3, θ at 0.1, shared the other way",
+    "DiffoRA K=2, θ at 0.1",
+    "DiffoRA K=4, θ at 0.1",
+    "AdaLoRA",
 )
-UNEQUAL = ("DiffoRA K=3", "DiffoRA K=3, by norm", "random K=3")
+UNEQUAL = (
+    "DiffoRA K=3",
+    "DiffoRA K=3, by norm",
+    "random K=3",
+    "DiffoRA K=3, θ at 0.1",
+    "planted K=3",
+    "norm K=3",
+    "uniform r=2",
+    "SVD cut, finished",
+)
 VIT = (
     "random K=14",
     "DiffoRA K=14",
@@ -346,6 +413,13 @@ VIT = (
     "DiffoRA K=14, smallest",
     "uniform r=2",
     "SVD cut",
+    "uniform r=2, fewer steps",
+    "random K=14, fewer steps",
+    "norm K=14",
+    "DiffoRA K=14, θ at 0.1, smallest",
+    "DiffoRA K=14, θ at 0.1, search at 0.003",
+    "SVD cut, finished",
+    "AdaLoRA",
 )
 CHOOSE = (
     "search",
@@ -358,13 +432,30 @@ CHOOSE = (
     "search, θ at 0.1",
     "LoRA",
     "LoRA, 100 steps",
+    "search, θ at 0.05",
+    "search, θ at 0.3",
+    "search, θ at 0.1, one split",
+    "search, θ at 0.1, one level",
 )
+CLEAN = (
+    *CHOOSE,
+    "search, θ at 0.1, shuffled",
+    "search, θ at 0.1, no warm-up",
+    "search, θ at 0.1, softmax",
+    "search, θ at 0.1, softmax, s = 1",
+)
+AGAIN = ("search", "search, θ at 0.1", "LoRA, 100 steps")
 PLANTED_RATES = (0.0025, 0.005, 0.01, 0.02, 0.04)
 VIT_RATES = (0.003, 0.006, 0.012, 0.024)
-PARTS = ("search", "noisy", "planted", "unequal", "transformer")
+#: Rates of AdaLoRA over those of the others: its three factors start small.
+FASTER = 2
+PARTS = ("search", "noisy", "search_again", "noisy_again", "planted", "unequal", "transformer")
+CHOICES = {"search": CLEAN, "noisy": CHOOSE, "search_again": AGAIN, "noisy_again": AGAIN}
 SETTING = {
     "search": "six layers h + tanh(Wh), width 32, rank 4 planted in three of them, 1,024 rows, noise 0.05; 400 steps",
     "noisy": "the same with 256 rows and noise 0.2",
+    "search_again": "the bed of part search, other seeds",
+    "noisy_again": "the bed of part noisy, other seeds",
     "planted": "the bed of part search; 1,200 steps in all, 400 of them for a search; budget 768 numbers, s = 2",
     "unequal": "the same with planted ranks 0, 1, 2, 4, 4, 4 in an order drawn",
     "transformer": "ViT of 4 blocks, width 32, from upright digits to digits turned by 90 degrees; 240 steps of 32 in"
@@ -374,28 +465,31 @@ SETTING = {
 
 def jobs(part: str, tiny: bool) -> list[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
     """Return (key, what to measure) of all rows of a part."""
+    noisy = partial(planted_bed, rows=256, noise=0.2, tiny=tiny)
     beds = {
-        "noisy": partial(planted_bed, rows=256, noise=0.2, tiny=tiny),
+        "noisy": noisy,
+        "noisy_again": noisy,
         "unequal": partial(planted_bed, ranks=(0, 1, 2, 4, 4, 4), tiny=tiny),
         "transformer": lambda seed: vit_bed(tiny=tiny),
     }
     bed: Callable[[int], Bed] = beds.get(part, partial(planted_bed, tiny=tiny))
-    seeds = SEEDS[:1] if tiny else SEEDS
-    arms = {"planted": PLANTED, "unequal": UNEQUAL, "transformer": VIT}
-    rates = {"transformer": VIT_RATES}
-    names = arms.get(part, CHOOSE)
-    work = choose if part in ("search", "noisy") else run
+    seeds = NEW_SEEDS if part.endswith("again") else SEEDS
+    arms = {"planted": PLANTED, "unequal": UNEQUAL, "transformer": VIT, **CHOICES}
+    work = choose if part in CHOICES else run
     listed = []
-    for name in names:
-        grid = rates.get(part, PLANTED_RATES)
+    for name in arms[part]:
+        if name == "AdaLoRA" and importlib.util.find_spec("peft") is None:
+            continue
+        rates = VIT_RATES if part == "transformer" else PLANTED_RATES
+        grid = [round(rate * (FASTER if name == "AdaLoRA" else 1), 4) for rate in rates]
         for lr in grid[:1] if tiny else grid:
-            for seed in seeds:
+            for seed in seeds[:1] if tiny else seeds:
                 key = {"method": name, "lr": lr, "seed": seed}
                 listed.append((key, lambda name=name, lr=lr, seed=seed: work(bed(seed), name, lr, seed)))
     if part in ("search", "noisy"):
         listed += [
             ({"method": "gradient", "lr": 0.0, "seed": seed}, lambda seed=seed: work(bed(seed), "gradient", 0.0, seed))
-            for seed in seeds
+            for seed in (seeds[:1] if tiny else seeds)
         ]
     return listed
 

@@ -337,6 +337,14 @@ class Masking:
         self.steps += 1
         self.model.base_model.update_and_allocate(self.steps)
 
+    def state_dict(self) -> dict[str, int]:
+        """How many steps were taken; the masks are the model's."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int], /) -> None:
+        """Go on counting where a run stopped."""
+        self.steps = state["steps"]
+
 
 def adalora(bed: Bed, lr: float, seed: int, first: int) -> nn.Module:
     """Train PEFT's AdaLoRA from rank `first` to the budget, and return the plain network with its weights."""

@@ -10,8 +10,8 @@ Sensitive to other load on the GPU; about a minute in all.
 
 The part "few" has 8 tokens and factors in bfloat16: all is launching there. The part "model" takes whole training
 steps: a LLaMA-60M-shaped GPT in float32 under bfloat16 autocast, AdamW, full training beside LoRA and PEFT's LoRA of
-rank 128 on all 56 matrices of its blocks, eager and compiled, with the casts and kernels of a step counted. About two
-minutes more, most of it compiling.
+rank 128 on all 56 matrices of its blocks, eager and compiled, each also replayed as a CUDA graph, with the casts and
+kernels of a step counted. About two minutes more, most of it compiling.
 """
 
 import copy
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from common import MIB, arguments, interleaved, peak_mib, reset_peak, save, synchronize
+from graphs import captured
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -262,16 +263,20 @@ def kernels(step: Callable[[], Any]) -> dict[str, float]:
 
 
 def measure_models(tiny: bool, device: str) -> dict[str, Any]:
-    """Time whole training steps, eager and compiled."""
+    """Time whole training steps, eager and compiled, each also recorded as a CUDA graph and replayed."""
     shape = {"dim": 32, "ffn": 64, "layers": 2, "heads": 2, "vocab_size": 64} if tiny else llama_shape("60M")
     batch, length, rank, repeats = (2, 32, 8, 2) if tiny else (64, 256, 128, 8)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(shape["vocab_size"], (batch, length + 1), generator=generator).to(device)
-    steps, rows = {}, {}
+    steps, rows, held = {}, {}, []
     for name, model in whole_models(shape, length, rank, device).items():
         trained = [p for p in model.parameters() if p.requires_grad]
-        for way, loss in (("eager", model.loss), ("compiled", torch.compile(model.loss))):
-            optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device == "cuda")
+        ways = {"eager": model.loss, "compiled": torch.compile(model.loss)}
+        if device == "cuda":
+            ways |= {f"{way}, replayed": loss for way, loss in ways.items()}
+        for way, loss in ways.items():
+            replayed = way.endswith("replayed")
+            optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device == "cuda", capturable=replayed)
 
             def step(loss: Any = loss, optimizer: Any = optimizer) -> None:
                 optimizer.zero_grad()
@@ -281,6 +286,8 @@ def measure_models(tiny: bool, device: str) -> dict[str, Any]:
                 optimizer.step()
 
             row: dict[str, Any] = {"method": name, "way": way, "trained": sum(p.numel() for p in trained)}
+            held.append(optimizer)  # a graph does not keep the state that it writes to
+            step = captured(step, optimizer).replay if replayed else step
             step()
             if way == "eager":
                 with Casts() as counted:

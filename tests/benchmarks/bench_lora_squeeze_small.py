@@ -56,6 +56,8 @@ class Recipe:
         rank: of the layers at the start.
         squeezes: (share of the steps, rank), in order; a share of 1 is after the last step.
         restarts: shares of the steps at which Adam forgets, and nothing else happens.
+        forgets: what it forgets there: "all", the state of "A" or of "B" only, or the "first moments" only.
+        betas: Adam's.
         more: further steps after the 300, at a rate that falls to 0 once more.
         long: 360 steps of one falling rate.
         warmup: steps over which the rate rises, at the start and after each of `again`.
@@ -66,6 +68,8 @@ class Recipe:
     rank: int
     squeezes: tuple[tuple[float, int], ...] = ()
     restarts: tuple[float, ...] = ()
+    forgets: str = "all"
+    betas: tuple[float, float] = (0.9, 0.999)
     more: int = 0
     long: bool = False
     warmup: int = 0
@@ -93,7 +97,7 @@ def core(k: int) -> dict[str, Recipe]:
 
 
 def further(k: int) -> dict[str, Recipe]:
-    """Arms of the main task: longer runs, other sources, choices that the paper leaves open."""
+    """Arms of the main task: longer runs, other sources, other choices."""
     one, left, carry = ("scale", 1.0), ("split", "left"), ("moments", "carry")
     other = {"s' = 1": (one,), "left, s' = 1": (one, left), "carried": (carry,)}
     return {
@@ -143,16 +147,38 @@ def adapted(rank: int, seed: int) -> nn.Module:
     return replace_linears(pretrained_on_digits(), "", partial(lora, rank=rank, generator=generator))
 
 
+class PartRestart(MomentRestart):
+    """Forgets a part of Adam's state only; second moments and counts of steps of the rest stay."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, times: list[int], part: str) -> None:
+        super().__init__(optimizer, times)
+        self.part = part
+        self.forgotten = {getattr(layer, part) for _, layer in adapters(model)} if part in ("A", "B") else set()
+
+    def act(self) -> None:
+        """Count a step, and forget the part if it is time."""
+        self.steps += 1
+        if self.steps not in self.times:
+            return
+        for p in list(self.optimizer.state):
+            if self.part == "first moments":
+                self.optimizer.state[p]["exp_avg"].zero_()
+            elif p in self.forgotten:
+                del self.optimizer.state[p]
+
+
 def fit(recipe: Recipe, task: str, lr: float, seed: int, steps: int) -> tuple[nn.Module, dict[str, float]]:
     """Train one arm; return the model and the energy that each squeeze kept, the least of all layers."""
     data, model, kept = shifted_digits(task), adapted(recipe.rank, seed), {}
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=lr)
+    optimizer = torch.optim.Adam(trained, lr=lr, betas=recipe.betas)
     at = lambda share: max(1, round(share * steps))  # noqa: E731
     if plan := {at(t): k for t, k in recipe.squeezes if t < 1}:
         squeezer = LoRASqueezer(model, optimizer, plan, **dict(recipe.options)).attach(optimizer)
     if times := [at(t) for t in recipe.restarts]:
-        MomentRestart(optimizer, times).attach(optimizer)
+        whole = recipe.forgets == "all"
+        restart = MomentRestart(optimizer, times) if whole else PartRestart(model, optimizer, times, recipe.forgets)
+        restart.attach(optimizer)
     total = steps * 6 // 5 if recipe.long else steps
     schedule = rewarmed(linear_decay(total), [0, *map(at, recipe.again)] if recipe.warmup else [], recipe.warmup)
     batch = array_batches(data.x_train, data.y_train, batch=64, seed=seed)

@@ -3,10 +3,11 @@
     torchrun --standalone --nproc_per_node 1 tests/benchmarks/bench_scaling.py --out scaling.json
     torchrun --standalone --nproc_per_node 2 tests/benchmarks/bench_scaling.py --out scaling.json
 
-Full training, LoRA and GaLore under DDP; full training, LoRA, SLTrain and BitLinear under FSDP2. A LLaMA-350M-shaped
-GPT under bf16 autocast on random tokens. Part "strong": 32 windows of 512 tokens in all, of which each process takes
-its share; the loss is the same but for the roundings of bf16, which parts of a batch meet in other orders. Part "weak":
-32 windows for each process. With one process the two are the same and measured once. Rows are stored one by one.
+Full training, LoRA, GaLore, RandLoRA and HGF under DDP; full training, LoRA, SLTrain and BitLinear under FSDP2. A
+LLaMA-350M-shaped GPT under bf16 autocast on random tokens. Part "strong": 32 windows of 512 tokens in all, of which
+each process takes its share; the loss is the same but for the roundings of bf16, which parts of a batch meet in other
+orders. Part "weak": 32 windows for each process. With one process the two are the same and measured once. Rows are
+stored one by one.
 """
 
 import gc
@@ -26,10 +27,10 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_ref.adapters import LoRALinear
+from lowrank_ref.adapters import LoRALinear, RandLoRALinear
 from lowrank_ref.core.layers import is_linear, replace_linears, replace_modules
 from lowrank_ref.lab.models import GPT, llama_shape
-from lowrank_ref.lowbit import BitLinear
+from lowrank_ref.lowbit import BitLinear, HGFLinear
 from lowrank_ref.optimizers import GaLoreAdamW
 from lowrank_ref.pretraining import SLTrainLinear
 
@@ -66,11 +67,15 @@ def methods(rank: int) -> dict[str, tuple[Callable[[GPT], Any], str, Callable[[A
         return lambda model: replace_modules(model, INSIDE, layer, accepts=is_linear).requires_grad_(True)
 
     lora = partial(replace_linears, pattern=INSIDE, factory=partial(LoRALinear, rank=8, generator=draw))
+    randlora = partial(replace_linears, pattern=INSIDE, factory=partial(RandLoRALinear, rank=min(32, rank)))
+    hgf_rank = max(2, rank // 8)
     sltrain = partial(SLTrainLinear.from_linear, rank=rank, density=0.03, generator=draw)
     return {
         "full training, DDP": (lambda model: model, "DDP", adam),
         "LoRA r 8, DDP": (lora, "DDP", adam),
         f"GaLore r {rank}, DDP": (lambda model: model, "DDP", galore),
+        f"RandLoRA r {min(32, rank)}, DDP": (randlora, "DDP", adam),
+        f"HGF r {hgf_rank}, DDP": (whole(partial(HGFLinear, rank=hgf_rank, generator=draw)), "DDP", adam),
         "full training, FSDP2": (lambda model: model, "FSDP2", adam),
         "LoRA r 8, FSDP2": (lora, "FSDP2", adam),
         f"SLTrain r {rank}, FSDP2": (whole(sltrain), "FSDP2", adam),
@@ -114,9 +119,12 @@ def measure(name: str, tiny: bool, device: str, rank: int, *, weak: bool) -> dic
         optimizer.step()
         return loss.detach()
 
-    with Traffic() as traffic:
+    if wrap == "DDP":
         step()
-    sent[0] += traffic.bytes
+    else:
+        with Traffic() as traffic:
+            step()
+        sent[0] += traffic.bytes
     first = sent[0]
     step()
     reset_peak()

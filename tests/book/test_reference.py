@@ -136,7 +136,7 @@ def test_the_chooser_tells_a_rate_for_each_sweep():
 
 
 #: Their chapters sweep no rate of Adam; the chooser says so, or they train nothing.
-NO_RATE = {"maestro", "ramp", "r_mtgb", "artificial_entanglement"}
+NO_RATE = {"trp", "maestro", "ramp", "cgbc", "ranking_robustness", "r_mtgb", "artificial_entanglement"}
 
 
 def test_every_method_with_a_rate_tells_where_to_start():

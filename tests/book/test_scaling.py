@@ -45,7 +45,9 @@ def test_the_script_gives_the_same_losses_however_it_is_started(tmp_path):
     assert [line.split()[0] for line in one] == ["0", "1", "2"]
     assert float(one[0].split()[1]) > float(one[2].split()[1])
     assert losses(script, 2) == one
+    assert losses(script, 4) == one
     assert losses(script, 2, SHARD="1") == one
+    assert losses(script, 4, SHARD="1") == one
 
 
 LAYERS = {

@@ -19,7 +19,16 @@ from battery import seeded
 from torch import nn
 
 from lowrank_ref.adapters import LoRAConv2d, LoRAEmbedding
-from lowrank_ref.compression import MaestroConv2d, MaestroLinear
+from lowrank_ref.compression import (
+    MaestroConv2d,
+    MaestroLinear,
+    WeLoreLinear,
+    by_gram,
+    from_matrix,
+    split_layer,
+    to_matrix,
+    truncation,
+)
 from lowrank_ref.core.linalg import (
     captured_energy,
     gram_basis,
@@ -29,11 +38,25 @@ from lowrank_ref.core.linalg import (
     svd,
     svd_basis,
 )
-from lowrank_ref.lowbit import BitLinear, DifferentialAttention, HGFLinear, PackedLinear, pack
+from lowrank_ref.lowbit import RECIPES, BitLinear, DifferentialAttention, HGFLinear, PackedLinear, QuantLinear, pack
 from lowrank_ref.lowbit.ternary import absmax_scale, int8_codes, ternary_codes
 from lowrank_ref.optimizers import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreSGD, per_layer_updates
 from lowrank_ref.pretraining import SLTrainLinear
-from lowrank_ref.robustness import random_start
+from lowrank_ref.robustness import (
+    CORRUPTIONS,
+    ConceptClassifier,
+    LRTokens,
+    ThreeHeads,
+    certainty,
+    chained,
+    choose_head,
+    corrupt,
+    greedy_dpp,
+    random_start,
+    sample_k_dpp,
+    student_loss,
+)
+from lowrank_ref.robustness.augmentation_chains import OPERATIONS
 
 pytestmark = pytest.mark.gpu
 
@@ -94,19 +117,22 @@ CASES = {name: (partial(adapter, name), ROWS) for name in battery.LAYERS}
 CASES |= {
     "LoRAEmbedding": (embedding, lambda dtype: torch.arange(20).reshape(2, 10)),
     "LoRAConv2d": (convolution, PICTURES),
+    "LRTokens": (lambda dtype: LRTokens(wide(dtype), 10, 64, std=0.3, generator=seeded(1)).to(dtype), ROWS),
     "SLTrainLinear": (sltrain, ROWS),
     "MaestroLinear": (lambda dtype: MaestroLinear.from_linear(wide(dtype)), ROWS),
+    "WeLoreLinear": (lambda dtype: WeLoreLinear.from_linear(wide(dtype), rank=8), ROWS),
     "MaestroConv2d": (lambda dtype: MaestroConv2d.from_conv2d(filled(nn.Conv2d(6, 8, 3), dtype)), PICTURES),
     "BitLinear": (lambda dtype: BitLinear(wide(dtype)), ROWS),
     "BitLinear without norm": (lambda dtype: BitLinear(wide(dtype), sub_norm=False), ROWS),
     "HGFLinear": (lambda dtype: HGFLinear(wide(dtype), 4, gate=0.3, generator=seeded(1)), ROWS),
     "PackedLinear": (lambda dtype: PackedLinear(BitLinear(wide(dtype))), ROWS),
+    "QuantLinear": (lambda dtype: QuantLinear(wide(dtype), RECIPES["int8"]), ROWS),
     "DifferentialAttention": (
         lambda dtype: ternary_cases.attention(generator=seeded(1), dtype=dtype),
         partial(gaussian, 2, 4, battery.N, seed=5),
     ),
 }
-ROUNDING = {"BitLinear", "BitLinear without norm", "HGFLinear", "PackedLinear"}
+ROUNDING = {"BitLinear", "BitLinear without norm", "HGFLinear", "PackedLinear", "QuantLinear"}
 
 
 def results(layer, x):
@@ -138,7 +164,7 @@ def test_layers_agree(name, dtype, device):
 
 
 @pytest.mark.parametrize(
-    "name", ["MPSLinear", "LoRALinear", "RandLoRALinear", "SoRALinear", "IncreLoRALinear", "DoRALinear"]
+    "name", ["MPSLinear", "LoRALinear", "RandLoRALinear", "SoRALinear", "IncreLoRALinear", "DoRALinear", "ALLoRALinear"]
 )
 def test_generators_of_both_devices_are_accepted(name, device, generators):
     base = wide(torch.float32)
@@ -159,7 +185,8 @@ def test_generators_of_both_devices_are_accepted(name, device, generators):
     lambda base, g: HGFLinear(base, 4, generator=g),
     lambda base, g: LoRAEmbedding(nn.Embedding(20, 16, device=base.weight.device), rank=2, generator=g),
     lambda base, g: LoRAConv2d(nn.Conv2d(3, 4, 3, device=base.weight.device), rank=2, generator=g),
-], ids=["SLTrainLinear", "HGFLinear", "LoRAEmbedding", "LoRAConv2d"])  # fmt: skip
+    lambda base, g: LRTokens(base, 2, base.in_features, generator=g),
+], ids=["SLTrainLinear", "HGFLinear", "LoRAEmbedding", "LoRAConv2d", "LRTokens"])  # fmt: skip
 def test_other_layers_accept_generators_of_both_devices(make, device, generators):
     base = wide(torch.float32).to(device)
     for generator in generators(3):
@@ -186,6 +213,48 @@ def test_attacks_start_from_generators_of_both_devices(norm, device, generators)
         assert got.device.type == device
         if generator.device.type == "cpu":
             torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=1e-12)
+
+
+# Corruptions, and a student of three heads.
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_corruptions_agree(name, device, generators):
+    x = gaussian(4, 1, 14, 14).sigmoid()
+    wanted = corrupt(x, name, 3, generator=seeded(3))
+    for generator in generators(3):
+        got = corrupt(x.to(device), name, 3, generator=generator)
+        assert got.device.type == device and got.shape == x.shape
+        if generator.device.type == "cpu":
+            torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=1e-9)
+
+
+def seeded_on(device, seed):
+    return torch.Generator(device).manual_seed(seed)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
+def test_operations_of_chains_agree(operation, device):
+    x, u = gaussian(6, 1, 9, 9).sigmoid(), torch.linspace(-1, 1, 6, dtype=torch.float64)
+    torch.testing.assert_close(operation(x.to(device), u.to(device)).cpu(), operation(x, u), rtol=0, atol=1e-9)
+    assert chained(x.to(device), generator=seeded_on(device, 0)).device.type == device
+
+
+def test_students_agree(device):
+    layers = [filled(nn.Linear(16, 16), torch.float64) for _ in range(3)]
+    model = nn.Sequential(*layers, filled(nn.Linear(16, 5), torch.float64))
+    x, y, teacher = gaussian(8, 16), torch.arange(8) % 5, gaussian(8, 5, seed=2)
+    found = []
+    for place in ("cpu", device):
+        student = ThreeHeads(*(part.to(place) for part in copy.deepcopy((model[:2], model[2:3], model[3]))))
+        u, m = student.new_heads(torch.cat([x + 0.1, x]).to(place))
+        omega = certainty(teacher.softmax(1)).to(place)
+        loss = student_loss(u[:8], m[:8], m[8:], y.to(place), teacher.to(place), omega)
+        loss.backward()
+        grads = [p.grad.cpu() for p in student.parameters() if p.grad is not None]
+        found.append([loss.detach().cpu(), choose_head(student(x.to(place))).cpu(), *grads])
+    for wanted, got in zip(*found):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
 
 
 # Bases.
@@ -234,6 +303,26 @@ def test_decompositions_agree(device, generators):
         U, S, Vh = randomized_svd(low_rank(30, 20).to(device), 4, iterations=6, generator=generator)
         torch.testing.assert_close(S.cpu(), svd(low_rank(30, 20), 4)[1], rtol=1e-10, atol=0)
         assert U.device.type == S.device.type == Vh.device.type == device
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "decoupled"])
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_truncations_agree(scheme, dtype, device):
+    """Rank and weight; the spectrum has a gap where it is cut, so that the subspaces are stable."""
+    layer = filled(nn.Conv2d(8, 16, 3, padding=1), dtype)
+    U, S, Vh = torch.linalg.svd(to_matrix(layer.weight.detach(), scheme), full_matrices=False)
+    S[..., 3:] *= 0.05
+    layer.weight.data.copy_(from_matrix((U * S[..., None, :]) @ Vh, (16, 8, 3, 3), scheme))
+    moved = copy.deepcopy(layer).to(device)
+    limit = 16 * bound(layer.weight, dtype)
+    for cut in (truncation, by_gram):
+        wanted, got = cut(layer.weight, 0.98, scheme), cut(moved.weight, 0.98, scheme)
+        assert got.rank == wanted.rank == 3 and got.weight.device.type == device
+        torch.testing.assert_close(got.weight.cpu(), wanted.weight, rtol=0, atol=limit)
+        torch.testing.assert_close(got.subgradient.cpu(), wanted.subgradient, rtol=0, atol=16 * limit)
+    x = gaussian(2, 8, 6, 6, dtype=dtype)
+    got, wanted = split_layer(moved, 3, scheme)(x.to(device)).cpu(), split_layer(layer, 3, scheme)(x)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=16 * bound(wanted, dtype))
 
 
 # Optimizers.
@@ -331,6 +420,28 @@ def test_per_layer_updates_on_the_device(device):
         assert all(p.grad is None for p in moved.parameters())
         ends.append(torch.cat([p.detach().cpu().flatten() for p in moved.parameters()]))
     torch.testing.assert_close(*ends, rtol=0, atol=1e-7)
+
+
+# Concepts.
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("side", ["lower", "both"])
+def test_concept_classifiers_agree(side, dtype, device):
+    model = ConceptClassifier(gaussian(5, 20, 64, dtype=dtype), scale=20.0, side=side)
+    x = gaussian(9, 64, seed=1, dtype=dtype)
+    wanted = model(x)
+    got = model.to(device)(x.to(device))
+    assert got.device.type == device
+    torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=20 * bound(wanted, dtype))
+
+
+def test_determinantal_picks_agree(device):
+    E = gaussian(40, 12)
+    for pick in (greedy_dpp(E, 10)[0], greedy_dpp(E.to(device), 10)[0].cpu()):
+        assert torch.equal(pick, greedy_dpp(E, 10)[0])
+    drawn = [sample_k_dpp(features, 6, generator=seeded(3)).cpu() for features in (E, E.to(device))]
+    assert all(len(set(d.tolist())) == 6 for d in drawn)
 
 
 # Packed ternary weights.

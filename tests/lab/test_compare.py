@@ -37,6 +37,9 @@ def test_best_takes_the_lowest_mean_and_reports_edges():
     assert (best["a"].lr, best["a"].edge, best["a"].seeds) == (0.1, "", 3)
     assert best["a"].mean == pytest.approx(0.01) and best["a"].sd == pytest.approx(0.01)
     assert (best["b"].lr, best["b"].edge) == (1.0, "highest")
+    result = small()
+    result.best().clear()  # chosen once, but nobody can spoil it
+    assert result.best() == best
     one_rate = small(lrs={"a": [0.1], "b": [1.0, 10.0], "c": [0.1]}).best()
     assert one_rate["a"].edge == "" and one_rate["b"].edge == "lowest"
 

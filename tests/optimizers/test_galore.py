@@ -703,7 +703,7 @@ def test_two_processes_under_ddp_equal_one_on_the_whole_batch(tmp_path):
     processes = [subprocess.Popen([sys.executable, "-c", script]) for script in scripts]
     try:
         train_on_a_share(0, 1, tmp_path)
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+        assert [process.wait(timeout=600) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()  # one that waits for a partner that failed

@@ -255,6 +255,25 @@ def test_coupled_gates_in_groups_and_their_gradients():
     assert not model[4].logit.grad.any()  # alone in its group
 
 
+def test_the_gradient_of_coupled_logits():
+    model, x = net(), gaussian(4, 5)
+    couple_logits(model)
+    layers = list(search_layers(model).values())
+    with torch.no_grad():
+        for i, layer in enumerate(layers):
+            layer.B.copy_(gaussian(*layer.B.shape, seed=i))
+            layer.logit.fill_(0.3 * i)
+    merged = merge_adapters(copy.deepcopy(model)).requires_grad_(True)
+    for network in (model, merged):
+        network(x).pow(3).sum().backward()
+    G = [layer.weight.grad for layer in merged if isinstance(layer, nn.Linear)]
+    u = [(layer.scale * (g * (layer.B @ layer.A)).sum()).item() for layer, g in zip(layers, G)]
+    gates = [layer.gate().item() for layer in layers]
+    mean = sum(gate * value for gate, value in zip(gates, u)) / len(u)
+    for layer, gate, value in zip(layers, gates, u):
+        assert layer.logit.grad.item() == pytest.approx(gate * (value - mean), rel=1e-9)
+
+
 def test_module_logits_reads_a_model():
     model = net()
     assert module_logits(model) == {"0": 0.0, "2": 0.0, "4": 0.0}

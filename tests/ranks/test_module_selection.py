@@ -103,6 +103,10 @@ def test_update_norms_by_loops():
     for path, got in update_norms(model).items():
         delta = model.get_submodule(path).delta_weight()
         assert got == pytest.approx(sum(float(v) ** 2 for v in delta.flatten()) ** 0.5)
+        layer = model.get_submodule(path)
+        assert got == pytest.approx(
+            (layer.gate() * layer.scale * (layer.B @ layer.A).norm()).item()
+        )  # the gate is in it
     with pytest.raises(ValueError, match="without an adapter"):
         update_norms(blocks())
 

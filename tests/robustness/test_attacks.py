@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowrank_ref.core.io import load_tensors, save_tensors
+from lowrank_ref.core.modes import eval_mode
 from lowrank_ref.robustness.attack_losses import cross_entropy, dlr, targeted_dlr
-from lowrank_ref.robustness.attacks import apgd, eval_mode, halving_checkpoints, pgd, random_start
+from lowrank_ref.robustness.attacks import apgd, halving_checkpoints, pgd, random_start
 from lowrank_ref.robustness.projections import NORMS, ascent, project
 
 RADIUS = {math.inf: 0.1, 2: 0.5, 1: 1.5}

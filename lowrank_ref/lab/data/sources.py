@@ -1,11 +1,15 @@
 """Where data come from, and how a fixed split is drawn."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lowrank_ref.lab._tools import need
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,19 @@ def hub() -> bool:
     if choice not in ("embedded", "hub"):
         raise ValueError(f"LOWRANK_DATA: got {choice!r}, wanted 'embedded' (the default) or 'hub'")
     return choice == "hub"
+
+
+def from_hub(*name: str, size: str, **options: Any) -> Any:
+    """Load a data set from the hub; what it is and how large is said on stderr first.
+
+    Args:
+        name: what `datasets.load_dataset` takes: the set, and perhaps its part.
+        size: what a first call downloads, in words.
+        options: others of `datasets.load_dataset`.
+    """
+    load = need("datasets").load_dataset
+    sys.stderr.write(f"LOWRANK_DATA=hub: {name[0]} from the Hugging Face hub, {size} at the first call\n")
+    return load(*name, **options)
 
 
 def split(n: int, train: int, test: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,12 +1,16 @@
 """Tables whose rows belong to tasks."""
 
+import csv
+import gzip
+import io
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from lowrank_ref.lab._tools import need
+from lowrank_ref.lab._tools import package_file
 from lowrank_ref.lab.data.sources import Arrays, arrays, split
 
 __all__ = ["TASK_TABLES", "TaskTable", "multitask", "planted_tasks", "task_table"]
@@ -35,10 +39,23 @@ def multitask() -> Arrays:
     Returns:
         x_train (1500, 103), y_train (1500, 14) of 0 and 1, and the same for valid (417 rows) and test (500).
     """
-    rows = list(need("river.datasets", "river").Yeast())
-    x = torch.tensor([list(features.values()) for features, _ in rows], dtype=torch.float32)
-    y = torch.tensor([list(labels.values()) for _, labels in rows], dtype=torch.int64)
+    _, cells = _river("yeast.csv.gz")
+    x = torch.from_numpy(cells[:, :-14].astype(np.float32))
+    y = torch.from_numpy(cells[:, -14:].astype(np.int64))
     return arrays(x, y, split(len(x), 1500, 500), "Yeast", "river", "BSD-3 (package)")
+
+
+def _river(name: str) -> tuple[list[str], np.ndarray]:
+    """Heads of the columns and cells, as text, of a table that river brings."""
+    path = package_file("river", "datasets", name)
+    raw = path.read_bytes()
+    if path.suffix == ".gz":
+        raw = gzip.decompress(raw)
+    elif path.suffix == ".zip":
+        with zipfile.ZipFile(path) as folder:
+            raw = folder.read(folder.namelist()[0])  # the only one
+    heads, *rows = csv.reader(io.StringIO(raw.decode("utf-8")))
+    return heads, np.array(rows)
 
 
 TASK_TABLES = ("chicks", "cars", "flares", "yeast", "phishing")
@@ -67,31 +84,32 @@ def task_table(name: str) -> TaskTable:
     if name not in TASK_TABLES:
         raise ValueError(f"name: got {name!r}, wanted one of {', '.join(TASK_TABLES)}")
     if name == "cars":
-        x, y = need("mlxtend.data", "mlxtend").autompg_data()
+        table = np.genfromtxt(package_file("mlxtend", "data", "data", "autompg.csv.gz"), delimiter=",")
+        x, y = table[:, :-1], table[:, -1]
         return TaskTable(x[:, :6], y, x[:, 6].astype(int) - 1, "Auto MPG", "mlxtend", "BSD-3 (package)")
-    river, origin = need("river.datasets", "river"), ("river", "BSD-3 (package)")
+    origin = ("river", "BSD-3 (package)")
     if name == "chicks":
-        cells = np.array([(x["chick"], x["time"], x["diet"], y) for x, y in river.ChickWeights()], dtype=float)
+        heads, cells = _river("chick-weights.csv")
+        cells = cells[:, [heads.index(head) for head in ("chick", "time", "diet", "weight")]].astype(float)
         _, chick, count = np.unique(cells[:, 0], return_inverse=True, return_counts=True)
         cells = cells[count[chick] >= 10]
         task = np.unique(cells[:, 0], return_inverse=True)[1]
         return TaskTable(cells[:, 1:3], cells[:, 3], task, "Chick weights", *origin)
     if name == "flares":
-        rows = list(river.SolarFlare())
-        columns = zip(*(features.values() for features, _ in rows))
-        codes = [np.unique(column, return_inverse=True)[1] for column in columns]  # letters become their place
-        y = np.array([list(counts.values()) for _, counts in rows], dtype=float)
-        return TaskTable(np.stack(codes[1:], axis=1).astype(float), y, codes[0], "Solar flares", *origin)
+        _, cells = _river("solar-flare.csv.zip")
+        codes = [np.unique(column, return_inverse=True)[1] for column in cells.T[:-3]]  # letters become their place
+        return TaskTable(
+            np.stack(codes[1:], axis=1).astype(float), cells[:, -3:].astype(float), codes[0], "Solar flares", *origin
+        )
     if name == "yeast":
-        rows = list(river.Yeast())
-        x = np.array([list(features.values()) for features, _ in rows], dtype=float)
-        task = np.arange(len(x)) % 14
-        y = np.array([list(labels.values())[r] for (_, labels), r in zip(rows, task)], dtype=int)
-        return TaskTable(x, y, task, "Yeast", *origin)
-    rows = list(river.Phishing())
-    x = np.array([list(features.values()) for features, _ in rows], dtype=float)
-    y = np.array([label for _, label in rows], dtype=int)
-    return TaskTable(x, y, np.arange(len(x)) % 10, "Phishing", *origin)
+        _, cells = _river("yeast.csv.gz")
+        task = np.arange(len(cells)) % 14
+        y = cells[np.arange(len(cells)), 103 + task].astype(int)
+        return TaskTable(cells[:, :103].astype(float), y, task, "Yeast", *origin)
+    _, cells = _river("phishing.csv.gz")
+    return TaskTable(
+        cells[:, :-1].astype(float), cells[:, -1].astype(int), np.arange(len(cells)) % 10, "Phishing", *origin
+    )
 
 
 def planted_tasks(

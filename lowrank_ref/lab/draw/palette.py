@@ -50,8 +50,12 @@ METHODS: dict[str, tuple[str, int, str]] = {
     "ternary": ("violet", 2, "o"),
     # inputs that move
     "ramp": ("vermillion", 0, "p"), "natra": ("green", 1, "D"), "efficientrobustification": ("violet", 2, "^"),
-    "lr0fm": ("orange", 3, "D"), "cgbc": ("crimson", 2, "X"), "rankingrobustness": ("purple", 3, "o"),
-    "rmtgb": ("sky", 0, "X"), "mtgb": ("orange", 1, "o"),
+    "lr0fm": ("orange", 3, "D"), "tokens": ("orange", 3, "D"), "frozen": ("gray", 3, "D"), "cgbc": ("crimson", 2, "X"),
+    "rankingrobustness": ("purple", 3, "o"), "rmtgb": ("sky", 0, "X"), "mtgb": ("orange", 1, "o"),
+    # rankers
+    "bm25": ("gray", 4, "v"), "querylikelihood": ("gray", 1, "s"), "lsi": ("sky", 0, "^"),
+    "lambdamart": ("orange", 0, "D"), "dualencoder": ("vermillion", 1, "v"), "knrm": ("purple", 1, "p"),
+    "minilm": ("green", 0, "X"),
 }  # fmt: skip
 
 

