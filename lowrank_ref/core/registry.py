@@ -97,6 +97,8 @@ class PaperInfo:
             raise ValueError(f"needs: got {sorted(strangers)}, wanted keys of planned papers or of {PAGES}")
         if self.status not in ("draft", "checked", "frozen"):
             raise ValueError(f"status: got {self.status!r}, wanted 'draft', 'checked' or 'frozen'")
+        if not self.use_when.startswith("you ") or self.use_when.endswith("."):
+            raise ValueError(f"use_when: got {self.use_when!r}, wanted the rest of 'Use it when', as 'you tune'")
         for day in (*self.changes, *filter(None, [self.verified])):
             try:
                 date.fromisoformat(day)

@@ -1,6 +1,7 @@
 """Random inputs from a reference's annotations: what `check` and `grade` try a reader's work on."""
 
 import inspect
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,13 @@ def kinds_of(parameters: Mapping[str, inspect.Parameter]) -> tuple[dict[str, Any
     words = {name: getattr(p.annotation, "__metadata__", ()) for name, p in parameters.items()}
     kinds = {n: p.annotation.__origin__ if words[n] else p.annotation for n, p in parameters.items()}
     return kinds, words
+
+
+def is_random_generator(parameter: inspect.Parameter) -> bool:
+    """Whether an argument `generator` is a source of random numbers: one with another annotation is a network."""
+    kind = parameter.annotation
+    random = kind is parameter.empty or torch.Generator in (kind, *typing.get_args(kind))
+    return parameter.name == "generator" and random
 
 
 def draw(
@@ -47,7 +55,7 @@ def draw(
         elif name in shapes:
             value = narrowed(tensor_of(kinds[name].dtypes, shapes[name], rng), words[name], sizes, rng)
             inputs[name] = value.numpy() if kinds[name].array_type is np.ndarray else value
-        elif name == "generator":
+        elif is_random_generator(parameter):
             inputs[name] = torch.Generator().manual_seed(int(rng.integers(2**31)))
         elif parameter.default is parameter.empty:
             raise ValueError(f"given: got no values for {name!r}, wanted some, as {{{name!r}: [...]}}")

@@ -51,9 +51,10 @@ def check(
     """Call both functions with the same random inputs and compare what they return, and what they did to the inputs.
 
     Tensors are float64 (or whole numbers from 0 to at most 9, or truth values, as annotated) with sizes from 1, 2, 3,
-    5, 8; an argument `generator` gets a fresh generator of the same seed for both. Words beside an annotation narrow
-    a draw: "orthonormal" (columns), "orthonormal rows", "positive", "below EXPRESSION" (whole numbers from 0, of
-    letters of the shapes), "distinct", "sorted". Inputs that the reference rejects with an error are drawn anew.
+    5, 8; an argument `generator`, a torch.Generator, gets a fresh one of the same seed for both. Words beside an
+    annotation narrow a draw: "orthonormal" (columns), "orthonormal rows", "positive", "below EXPRESSION" (whole numbers
+    from 0, of letters of the shapes), "distinct", "sorted". Inputs that the reference rejects with an error are drawn
+    anew.
     Results must agree to 1e-8, and so must the inputs afterwards: a function may change one only as the reference does.
 
     Args:

@@ -227,7 +227,7 @@ PAPER = PaperInfo(
     authors=("Shuo Wang", "Lingjuan Lyu", "Surya Nepal", "Carsten Rudolph", "Marthie Grobler", "Kristen Moore"),
     arxiv="2105.04070v1",
     summary="Train on images moved along directions of a generator's code, so that natural changes do not fool.",
-    use_when="unlabelled images show a change that the labelled ones lack, and a generator has learned it",
+    use_when="you have unlabelled images that show a change the labelled ones lack, and a generator has learned it",
     instead={
         "ramp": "the inputs move by attacks in a norm",
         "efficient_robustification": "you can write the change down",

@@ -25,7 +25,7 @@ from lowrank_ref.lab.train import warmup_cosine
 from lowrank_ref.robustness import MultiScaleDistillation, add_lr_tokens, low_resolution
 
 SIDES, BUCKETS = (96, 48, 24, 16, 12), ((8, 14), (14, 28), (28, 56))
-RATES, SEEDS, STEPS, PRETRAINING, BATCH = (1e-3, 3e-3, 1e-2), range(3), 400, 3000, 128
+RATES, SEEDS, STEPS, PRETRAINING, BATCH = (1e-3, 3e-3, 1e-2), range(3), 400, 1500, 128
 ARMS = ("tokens", "tokens, first half", "tokens, last half", "LoRA", "norms", "all")
 
 

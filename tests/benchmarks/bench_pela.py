@@ -26,7 +26,7 @@ from lowrank_ref.lab.train import train, warmup_cosine
 
 SIZE, TINY = {"dim": 384, "layers": 12, "heads": 6}, {"dim": 32, "layers": 2, "heads": 2}
 RATIOS, RATES, SEEDS = (1.5, 2.0, 3.0, 4.0), (1e-4, 3e-4, 1e-3), range(3)
-LEARNING, STEPS, TUNING, BATCH = 3000, 1000, 300, 128
+LEARNING, STEPS, TUNING, BATCH = 1500, 500, 300, 128
 CUT, BLOCKS = r"^blocks\.\d+\.", r"^blocks\.\d+$"
 ARMS: dict[str, tuple[bool, dict[str, float]]] = {
     "CE": (True, {"features": 0.0}),
@@ -69,11 +69,16 @@ def pictures(turned: bool, device: str) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def fit(model: nn.Module, loss: Any, rows: tuple[Tensor, Tensor], lr: float, steps: int, seed: int) -> nn.Module:
-    """Train everything in the model with AdamW."""
+    """Train everything in the model with AdamW, under bfloat16 autocast."""
+
+    def cast(model: nn.Module, *batch: Tensor) -> Tensor:
+        with torch.autocast(batch[0].device.type, torch.bfloat16):
+            return loss(model, *batch)
+
     batch = array_batches(*rows, batch=min(BATCH, len(rows[0])), seed=seed)
     adam = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     how = {"steps": steps, "schedule": warmup_cosine(steps, warmup=max(1, steps // 10)), "progress": False}
-    train(model, batch, loss, adam, clip=1.0, **how)
+    train(model, batch, cast, adam, clip=1.0, **how)
     return model
 
 
@@ -159,7 +164,7 @@ def main() -> None:
     few = args.tiny and 1
     size = TINY if args.tiny else SIZE
     if "repair" in args.part:
-        setting = f"MNIST, 5,000 digits; transformer {size}, {LEARNING} steps at 1e-3; {STEPS} steps of {BATCH} images"
+        setting = f"MNIST, 5,000 digits; transformer {size}, {LEARNING} steps at 1e-3; {STEPS} of {BATCH} images, bf16"
         runs = Runs(args.out, "repair", setting=setting, seconds=args.seconds)
         for seed in list(SEEDS)[: few or None]:
             for ratio in (1.0, *RATIOS)[: 2 if args.tiny else None]:

@@ -46,6 +46,8 @@ def test_cards_come_in_the_order_of_the_book():
         ({"instead": {"lorra": "never"}}, r"instead: got \['lorra'\], wanted keys"),
         ({"needs": ("primmer",)}, r"needs: got \['primmer'\], wanted keys"),
         ({"status": "done"}, "status: got 'done', wanted"),
+        ({"use_when": "memory is short"}, "use_when: got 'memory is short', wanted"),
+        ({"use_when": "you lack memory."}, "use_when: got 'you lack memory.', wanted"),
         ({"verified": "yesterday"}, "verified: got 'yesterday', wanted ISO dates"),
         ({"changes": {"23 Nov": "New."}}, "changes, verified: got '23 Nov', wanted ISO dates"),
     ],

@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from lowrank_ref.adapters.lora import LoRALinear
 from lowrank_ref.core.linalg import captured_energy
 from lowrank_ref.core.registry import PARTS
-from lowrank_ref.lab._draws import shape_of
+from lowrank_ref.lab._draws import is_random_generator, shape_of
 from lowrank_ref.lab.check import check
 from lowrank_ref.optimizers.galore import adam_directions
 from lowrank_ref.pretraining.sltrain import parameter_gradients
@@ -301,7 +302,7 @@ def functions_of_tensors():
                 parameters = inspect.signature(function).parameters
                 kinds = {n: getattr(p.annotation, "__origin__", p.annotation) for n, p in parameters.items()}
                 tensors = {n for n, kind in kinds.items() if hasattr(kind, "dim_str")}
-                free = {n for n, p in parameters.items() if p.default is not p.empty} | {"generator"}
+                free = {n for n, p in parameters.items() if p.default is not p.empty or is_random_generator(p)}
                 if tensors and set(parameters) <= tensors | free:
                     yield name, function
 
@@ -314,6 +315,16 @@ def test_every_function_agrees_with_itself():
         if name not in NEEDS_MORE:
             result = check(function, function, cases=3)
             assert result, f"{name}: {result}"
+
+
+def test_a_network_named_generator_is_no_source_of_random_numbers():
+    def picture(generator: Callable[[Tensor], Tensor], z: Float[Tensor, " d"]) -> Tensor:
+        return generator(z)
+
+    with pytest.raises(ValueError, match="given: got no values for 'generator'"):
+        check(picture, picture)
+    assert check(picture, picture, given={"generator": [torch.sin]})
+    assert not check(lambda generator, z: z, picture, given={"generator": [torch.sin]})
 
 
 def test_check_refuses():
