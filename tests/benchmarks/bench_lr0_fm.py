@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_lr0_fm.py --out book/results/lr0_fm_scale.json
 
 96x96 renders of 12 classes, four widths of stripes in discs, squares and diamonds: fine stripes die first. A
-transformer learns them sharp, and is then adapted without labels by every arm. Not run on a GPU yet.
+transformer learns them sharp, and is then adapted without labels by every arm. speed: a step of each arm, at random weights.
 """
 
 import copy
@@ -112,10 +112,8 @@ def adapt(arm: str, lr: float, seed: int, device: str, tiny: bool) -> dict[str, 
             t = F.normalize(base(x), dim=1)
         return loss(model, x, t, sides)
 
-    reset_peak()
     fit(value, [*trained, loss.log_scale], lr, 2 if tiny else STEPS, device)
-    found = {"trainable": numel(trained), "peak_mib": round(peak_mib(), 1)}
-    found |= milliseconds(lambda: value(0).backward(), repeats=2 if tiny else 10)
+    found: dict[str, Any] = {"trainable": numel(trained)}
     valid, _ = renders(32 if tiny else 1024, 96, torch.Generator(device).manual_seed(77))
     test = renders(32 if tiny else 2048, 96, torch.Generator(device).manual_seed(78))
     with torch.no_grad():
@@ -130,9 +128,45 @@ def adapt(arm: str, lr: float, seed: int, device: str, tiny: bool) -> dict[str, 
     return found
 
 
+def speed(arm: str, device: str, tiny: bool) -> dict[str, Any]:
+    """Milliseconds and peak memory of a step's forward and backward pass, at random weights."""
+    g = torch.Generator().manual_seed(0)
+    base: Any = ViT(96, 8, classes=12, generator=g, **shape_of(tiny)).to(device)
+    base.head = nn.Identity()
+    model = prepare(arm, copy.deepcopy(base).requires_grad_(False), 0, tiny).to(device)
+    loss = MultiScaleDistillation(BUCKETS).to(device)
+    x, _ = renders(4 if tiny else BATCH, 96, torch.Generator(device).manual_seed(0))
+    t = F.normalize(base(x), dim=1).detach()
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16):
+            value = loss(model, x, t, torch.Generator().manual_seed(0))
+        value.backward()
+
+    step()
+    reset_peak()
+    found = milliseconds(step, repeats=2 if tiny else 20)
+    return {
+        **found,
+        "peak_mib": round(peak_mib(), 1),
+        "trainable": numel(p for p in model.parameters() if p.requires_grad),
+    }
+
+
 def main() -> None:
-    """Run all arms."""
-    args = arguments(__doc__ or "", ("renders",))
+    """Run the parts asked for."""
+    args = arguments(__doc__ or "", ("renders", "speed"))
+    if "speed" in args.part:
+        setting = f"ViT {shape_of(args.tiny)} on 96x96 renders, batch {BATCH}, bf16 autocast, random weights, alone"
+        runs = Runs(args.out, "speed", setting=setting, seconds=args.seconds)
+        for arm in ARMS:
+            runs.row({"method": arm}, functools.partial(speed, arm, args.device, args.tiny))
+    if "renders" in args.part:
+        train_arms(args)
+
+
+def train_arms(args: Any) -> None:
+    """Adapt with every arm, rate and seed."""
     setting = f"ViT {shape_of(args.tiny)} on 96x96 renders, patches of 8; {STEPS} steps of {BATCH}, bf16 autocast"
     runs = Runs(args.out, "renders", setting=setting, seconds=args.seconds)
     for seed in list(SEEDS)[: 1 if args.tiny else None]:
