@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_lr0_fm.py --out book/results/lr0_fm_scale.json
 
 96x96 renders of 12 classes, four widths of stripes in discs, squares and diamonds: fine stripes die first. A
-transformer learns them sharp, and is then adapted without labels by every arm. speed: a step of each arm, at random weights.
+transformer learns them sharp, and is then adapted without labels by every arm.
+speed: a step of each arm, at random weights.
 """
 
 import copy
@@ -25,7 +26,7 @@ from lowrank_ref.lab.train import warmup_cosine
 from lowrank_ref.robustness import MultiScaleDistillation, add_lr_tokens, low_resolution
 
 SIDES, BUCKETS = (96, 48, 24, 16, 12), ((8, 14), (14, 28), (28, 56))
-RATES, SEEDS, STEPS, PRETRAINING, BATCH = (1e-3, 3e-3, 1e-2), range(3), 400, 1500, 128
+RATES, SEEDS, STEPS, PRETRAINING, BATCH = (1e-3, 3e-3, 1e-2), range(3), 300, 1500, 64
 ARMS = ("tokens", "tokens, first half", "tokens, last half", "LoRA", "norms", "all")
 
 
@@ -71,7 +72,7 @@ def sharp(seed: int, device: str, tiny: bool) -> tuple[Any, Tensor]:
     g = torch.Generator(device).manual_seed(seed)
 
     def loss(step: int) -> Tensor:
-        x, y = renders(4 if tiny else 256, 96, g)
+        x, y = renders(4 if tiny else 128, 96, g)
         return F.cross_entropy(10 * F.normalize(model(x), dim=1) @ F.normalize(classes, dim=1).T, y)
 
     fit(loss, [*model.parameters(), classes], 1e-3, 2 if tiny else PRETRAINING, device)
@@ -135,7 +136,7 @@ def speed(arm: str, device: str, tiny: bool) -> dict[str, Any]:
     base.head = nn.Identity()
     model = prepare(arm, copy.deepcopy(base).requires_grad_(False), 0, tiny).to(device)
     loss = MultiScaleDistillation(BUCKETS).to(device)
-    x, _ = renders(4 if tiny else BATCH, 96, torch.Generator(device).manual_seed(0))
+    x, _ = renders(4 if tiny else 128, 96, torch.Generator(device).manual_seed(0))
     t = F.normalize(base(x), dim=1).detach()
 
     def step() -> None:
@@ -157,7 +158,7 @@ def main() -> None:
     """Run the parts asked for."""
     args = arguments(__doc__ or "", ("renders", "speed"))
     if "speed" in args.part:
-        setting = f"ViT {shape_of(args.tiny)} on 96x96 renders, batch {BATCH}, bf16 autocast, random weights, alone"
+        setting = f"ViT {shape_of(args.tiny)} on 96x96 renders, batch 128, bf16 autocast, random weights, alone"
         runs = Runs(args.out, "speed", setting=setting, seconds=args.seconds)
         for arm in ARMS:
             runs.row({"method": arm}, functools.partial(speed, arm, args.device, args.tiny))
@@ -171,7 +172,7 @@ def train_arms(args: Any) -> None:
     runs = Runs(args.out, "renders", setting=setting, seconds=args.seconds)
     for seed in list(SEEDS)[: 1 if args.tiny else None]:
         for arm in ARMS:
-            for lr in RATES[: 1 if args.tiny else None] if re.search(args.only, arm) else ():
+            for lr in RATES[: 1 if args.tiny else None] if re.search(args.only, f"{arm}, seed {seed}") else ():
                 rate = lr / 10 if arm == "all" else lr
                 key = {"method": arm, "lr": rate, "seed": seed}
                 runs.row(key, lambda a=arm, lr=rate, seed=seed: adapt(a, lr, seed, args.device, args.tiny))
