@@ -26,7 +26,8 @@ from lowrank_ref.lab.train import warmup_cosine
 from lowrank_ref.robustness import MultiScaleDistillation, add_lr_tokens, low_resolution
 
 SIDES, BUCKETS = (96, 48, 24, 16, 12), ((8, 14), (14, 28), (28, 56))
-RATES, SEEDS, STEPS, PRETRAINING, BATCH = (1e-3, 3e-3, 1e-2), range(3), 300, 1500, 64
+SEEDS, STEPS, PRETRAINING, BATCH = range(3), 300, 1500, 64
+RATES = {"tokens": (1e-3, 3e-3, 1e-2, 3e-2), "LoRA": (3e-4, 1e-3, 3e-3, 1e-2), "all": (1e-4, 3e-4, 1e-3)}
 ARMS = ("tokens", "tokens, first half", "tokens, last half", "LoRA", "norms", "all")
 
 
@@ -172,10 +173,10 @@ def train_arms(args: Any) -> None:
     runs = Runs(args.out, "renders", setting=setting, seconds=args.seconds)
     for seed in list(SEEDS)[: 1 if args.tiny else None]:
         for arm in ARMS:
-            for lr in RATES[: 1 if args.tiny else None] if re.search(args.only, f"{arm}, seed {seed}") else ():
-                rate = lr / 10 if arm == "all" else lr
-                key = {"method": arm, "lr": rate, "seed": seed}
-                runs.row(key, lambda a=arm, lr=rate, seed=seed: adapt(a, lr, seed, args.device, args.tiny))
+            rates = RATES.get(arm, (1e-3, 3e-3, 1e-2))[: 1 if args.tiny else None]
+            for lr in rates if re.search(args.only, f"{arm}, seed {seed}") else ():
+                key = {"method": arm, "lr": lr, "seed": seed}
+                runs.row(key, functools.partial(adapt, arm, lr, seed, args.device, args.tiny))
 
 
 if __name__ == "__main__":
