@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,6 +23,19 @@ settings.load_profile("fixed")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def group_of_one():
+    """A process group of this process alone, for what only wraps a model.
+
+    Its destructor can wait for gloo's thread while that waits for the interpreter's lock (see `processes`): the pause
+    lets the thread finish first.
+    """
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    time.sleep(0.2)
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

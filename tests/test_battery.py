@@ -26,6 +26,7 @@ from battery import (
     tolerance,
     train,
 )
+from processes import in_processes
 from torch import nn
 
 from lowrank_ref.core.io import load_adapters, save_adapters
@@ -565,7 +566,7 @@ def test_an_action_attaches_through_accelerates_wrapper(name):
 def two_processes(tmp_path_factory):
     """Train all cases under DDP in two processes, once; each sees half of every batch."""
     folder = tmp_path_factory.mktemp("ddp")
-    torch.multiprocessing.spawn(distributed, args=(2, str(folder)), nprocs=2)
+    in_processes(distributed, folder)
     return torch.load(folder / "results", weights_only=True)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from battery import linear, lora_sb, network, seeded, train
+from processes import in_processes
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -163,8 +164,6 @@ def refusals(mesh, rank):
 
 
 def work(rank, world, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     mesh = torch.distributed.init_device_mesh("cpu", (world,))
     results = {}
     for name, (make, optimizer) in CASES.items():
@@ -186,13 +185,12 @@ def work(rank, world, folder):
     refusals(mesh, rank)
     if rank == 0:
         torch.save(results, f"{folder}/results")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
-    torch.multiprocessing.spawn(work, args=(2, str(folder)), nprocs=2)
+    in_processes(work, folder)
     return torch.load(folder / "results", weights_only=True)
 
 

@@ -344,27 +344,24 @@ def test_peft_finds_base_and_class_by_itself(bert, gpt2, tokens, tmp_path):
     assert config["base_model_name_or_path"] == "elsewhere"
 
 
+@pytest.mark.usefixtures("group_of_one")
 def test_a_compiled_or_parallel_model_is_saved_as_the_plain_one(ids, tmp_path):
     build = partial(replace_linears, pattern=r"fc|^head", factory=partial(LoRALinear, rank=2), trainable="norm|conv")
     plain = move(build(Mixed()))
     save_peft(plain, tmp_path / "plain")
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        parallel = nn.parallel.DistributedDataParallel(plain)
-        inside = move(build(Mixed()))
-        inside.block["fc"] = torch.compile(inside.block["fc"], backend="eager")
-        inside.conv = torch.compile(inside.conv, backend="eager")
-        models = {"DDP": parallel, "compiled": torch.compile(plain, backend="eager"), "inside": inside}
-        for name, model in models.items():
-            save_peft(model, tmp_path / name)
-            old, new = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("plain", name))
-            assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
-            configs = [(tmp_path / n / "adapter_config.json").read_bytes() for n in ("plain", name)]
-            assert configs[0] == configs[1]
-        with pytest.raises(ValueError, match="load first, then wrap"):
-            load_peft(nn.parallel.DistributedDataParallel(Mixed()), tmp_path / "plain")
-    finally:
-        torch.distributed.destroy_process_group()
+    parallel = nn.parallel.DistributedDataParallel(plain)
+    inside = move(build(Mixed()))
+    inside.block["fc"] = torch.compile(inside.block["fc"], backend="eager")
+    inside.conv = torch.compile(inside.conv, backend="eager")
+    models = {"DDP": parallel, "compiled": torch.compile(plain, backend="eager"), "inside": inside}
+    for name, model in models.items():
+        save_peft(model, tmp_path / name)
+        old, new = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("plain", name))
+        assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
+        configs = [(tmp_path / n / "adapter_config.json").read_bytes() for n in ("plain", name)]
+        assert configs[0] == configs[1]
+    with pytest.raises(ValueError, match="load first, then wrap"):
+        load_peft(nn.parallel.DistributedDataParallel(Mixed()), tmp_path / "plain")
 
 
 def test_a_compiled_model_takes_a_folder_and_is_compiled_anew(no_shape_checks, tmp_path):

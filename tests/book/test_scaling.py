@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from links import ROOT
+from processes import in_processes
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,8 +115,6 @@ class Counter(TorchDispatchMode):
 
 
 def work(rank, world, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     mesh = dist.init_device_mesh("cpu", (world,))
     found = {}
     for name in LAYERS:
@@ -144,11 +143,10 @@ def work(rank, world, folder):
         found[name] += [counter.gathered, counter.scattered]
     if rank == 0:
         torch.save(found, f"{folder}/found")
-    dist.destroy_process_group()
 
 
 def test_the_tables_count_what_is_sent(tmp_path):
-    torch.multiprocessing.spawn(work, args=(2, str(tmp_path)), nprocs=2)
+    in_processes(work, tmp_path)
     found = torch.load(tmp_path / "found", weights_only=True)
     for name, (reduced, *sharded) in found.items():
         assert reduced == sent_by_ddp(M, N, R, 0.1)[name], name

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import in_processes
 from torch import nn
 from torch.nn import functional as F
 
@@ -288,8 +289,6 @@ def test_a_foreign_state_is_refused(kind):
 
 def distributed(rank, world, folder):
     """One process of a DDP run: its share of the rows of each batch. Rank 0 saves what came out."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     results = {}
     for kind in SAMPLERS:
         model = net()
@@ -306,7 +305,6 @@ def distributed(rank, world, folder):
         results[kind.__name__] = model.state_dict()
     if rank == 0:
         torch.save(results, f"{folder}/results")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
@@ -314,7 +312,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     for world in (1, 2):
         folder = tmp_path / str(world)
         folder.mkdir()
-        torch.multiprocessing.spawn(distributed, args=(world, str(folder)), nprocs=world)
+        in_processes(distributed, folder, world=world)
         results.append(torch.load(folder / "results", weights_only=True))
     for name, single in results[0].items():
         for key, value in single.items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import in_processes
 from spectral_cases import gaussian, network, seeded
 from torch import nn
 from torch.nn import functional as F
@@ -281,14 +282,11 @@ def test_the_weights_may_move_after_the_repair_is_made():
 
 def distributed(rank, world, folder):
     """One process: its share of the rows of each batch."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     student, teacher = pair()
     repair = Repair(student, teacher, TAPS, F.cross_entropy, penalty=1.0)
     steps(nn.parallel.DistributedDataParallel(student), repair, student, slice(rank, None, world))
     if rank == 0:
         torch.save(student.state_dict(), f"{folder}/results")
-    torch.distributed.destroy_process_group()
 
 
 def steps(model, repair, student, rows):
@@ -301,7 +299,7 @@ def steps(model, repair, student, rows):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    torch.multiprocessing.spawn(distributed, args=(2, str(tmp_path)), nprocs=2)
+    in_processes(distributed, tmp_path)
     student, teacher = pair()
     steps(student, Repair(student, teacher, TAPS, F.cross_entropy, penalty=1.0), student, slice(None))
     for key, value in torch.load(tmp_path / "results", weights_only=True).items():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from battery import distributed_layer, linear, train
+from processes import in_processes
 from spectral_cases import gaussian, network, seeded, welore_layer
 from torch import nn
 
@@ -134,7 +135,7 @@ def test_gpt2s_conv1d_and_half_precision(gpt2):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    torch.multiprocessing.spawn(distributed_layer, args=(2, str(tmp_path), welore_layer), nprocs=2)
+    in_processes(distributed_layer, tmp_path, welore_layer)
     first, second = (torch.load(tmp_path / f"rank {rank}", weights_only=True) for rank in range(2))
     alone = welore_layer(linear())
     train(alone, torch.optim.Adam(alone.parameters(), lr=0.01), range(3))

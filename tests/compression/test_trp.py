@@ -10,6 +10,7 @@ from battery import gaussian
 from conv_cases import assert_close, conv, shapes
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import in_processes
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -366,8 +367,6 @@ def test_attached_it_acts_inside_the_step():
 
 
 def distributed(rank, world, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     model = net()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -383,7 +382,6 @@ def distributed(rank, world, folder):
         optimizer.step()
         pruning.step()
     torch.save(model.state_dict(), f"{folder}/rank {rank}")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -392,7 +390,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     for world in (1, 2):
         folder = tmp_path / str(world)
         folder.mkdir()
-        torch.multiprocessing.spawn(distributed, args=(world, str(folder)), nprocs=world)
+        in_processes(distributed, folder, world=world)
         found += [torch.load(folder / f"rank {rank}", weights_only=True) for rank in range(world)]
     assert all(torch.equal(found[1][key], found[2][key]) for key in found[1])
     for key, value in found[0].items():

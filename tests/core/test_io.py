@@ -409,15 +409,9 @@ def checkpointed(made):
     return made
 
 
-@pytest.fixture
-def parallel():
-    """DistributedDataParallel in a group of one process."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield nn.parallel.DistributedDataParallel
-    torch.distributed.destroy_process_group()
-
-
-def test_a_file_does_not_tell_how_the_model_was_wrapped(tmp_path, parallel):
+@pytest.mark.usefixtures("group_of_one")
+def test_a_file_does_not_tell_how_the_model_was_wrapped(tmp_path):
+    parallel = nn.parallel.DistributedDataParallel
     wraps = {
         "plain": lambda made: made,
         "compiled": lambda made: torch.compile(made, backend="eager"),

@@ -358,13 +358,10 @@ def test_models_that_others_wrapped_are_refused():
     replace_linears(model.merge_and_unload(), "out", Shift)
 
 
-def test_a_model_inside_ddp_is_refused(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    try:
-        with pytest.raises(ValueError, match="DistributedDataParallel, which would not see new parameters"):
-            replace_linears(nn.parallel.DistributedDataParallel(net()), "0", Shift)
-    finally:
-        torch.distributed.destroy_process_group()
+@pytest.mark.usefixtures("group_of_one")
+def test_a_model_inside_ddp_is_refused():
+    with pytest.raises(ValueError, match="DistributedDataParallel, which would not see new parameters"):
+        replace_linears(nn.parallel.DistributedDataParallel(net()), "0", Shift)
 
 
 @pytest.mark.parametrize(

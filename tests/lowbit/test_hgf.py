@@ -10,6 +10,7 @@ import torch
 from battery import M, N, batch, linear, loss, seeded
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import in_processes
 from ternary_cases import LAYERS, distributed, hgf_linear, inputs, layer, train
 from torch import nn
 
@@ -364,7 +365,7 @@ def test_the_phases_of_the_gate_share_one_graph(no_shape_checks):
 def two_processes(tmp_path_factory):
     """Train all layers under DDP in two processes, once; each sees half of every batch."""
     folder = tmp_path_factory.mktemp("ddp")
-    torch.multiprocessing.spawn(distributed, args=(2, str(folder)), nprocs=2)
+    in_processes(distributed, folder)
     return torch.load(folder / "results", weights_only=True)
 
 

@@ -1,10 +1,7 @@
 """GaLore: the identities of the method in float64, every equation against a loop, and the official package."""
 
 import copy
-import inspect
 import math
-import subprocess
-import sys
 from functools import partial
 
 import numpy as np
@@ -13,6 +10,7 @@ import torch
 from battery import assert_resumes
 from hypothesis import example, given
 from hypothesis import strategies as st
+from processes import in_processes
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -674,19 +672,11 @@ def test_a_scheduler_of_pytorch_sets_the_rate_of_every_step():
 
 def train_on_a_share(rank, world, folder):
     """Train on every `world`-th sample of each batch and save the weights: one process of data-parallel training."""
-    import torch
-    from torch import nn
-    from torch.nn.parallel import DistributedDataParallel
-
-    from lowrank_ref.optimizers.galore import GaLoreAdamW
-
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     x, y = torch.randn(5, 8, 6).double(), torch.randn(5, 8, 3).double()
     model = net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     if world > 1:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-        net = DistributedDataParallel(model)
+        net = nn.parallel.DistributedDataParallel(model)
     weights, biases = [model[0].weight, model[2].weight], [model[0].bias, model[2].bias]
     optimizer = GaLoreAdamW([{"params": weights, "rank": 2, "gap": 2}, {"params": biases}], lr=0.05)
     for step in range(5):
@@ -698,15 +688,8 @@ def train_on_a_share(rank, world, folder):
 
 @pytest.mark.slow
 def test_two_processes_under_ddp_equal_one_on_the_whole_batch(tmp_path):
-    source = inspect.getsource(train_on_a_share)
-    scripts = [f"{source}\ntrain_on_a_share({rank}, 2, {str(tmp_path)!r})" for rank in range(2)]
-    processes = [subprocess.Popen([sys.executable, "-c", script]) for script in scripts]
-    try:
-        train_on_a_share(0, 1, tmp_path)
-        assert [process.wait(timeout=600) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()  # one that waits for a partner that failed
+    in_processes(train_on_a_share, tmp_path)
+    train_on_a_share(0, 1, tmp_path)
     names = ("0of2", "1of2", "0of1")
     first, second, single = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in names)
     for key, value in single.items():

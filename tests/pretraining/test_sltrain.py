@@ -9,6 +9,7 @@ import torch
 from battery import batch, distributed_layer, linear, loss, seeded, train
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import in_processes
 from torch import nn
 from torch.nn import functional as F
 
@@ -521,7 +522,7 @@ def test_a_frozen_part_gets_no_gradient():
 @pytest.mark.slow
 def test_two_processes_equal_one_and_share_the_support(tmp_path):
     make = partial(SLTrainLinear.from_linear, rank=3, density=0.2)
-    torch.multiprocessing.spawn(distributed_layer, args=(2, str(tmp_path), make), nprocs=2)
+    in_processes(distributed_layer, tmp_path, make)
     first, second = (torch.load(tmp_path / f"rank {rank}", weights_only=True) for rank in range(2))
     alone = make(linear(), generator=seeded(0))
     start = copy.deepcopy(alone.state_dict())

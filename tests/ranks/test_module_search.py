@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from battery import gaussian, seeded
+from processes import in_processes
 from torch import nn
 
 from lowrank_ref.core.layers import replace_linears
@@ -206,8 +207,6 @@ def test_a_state_of_other_modules_is_refused():
 
 def process(rank, world, folder):
     """One of two processes: its half of every batch of both levels."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     model = net()
     search = ModuleSearch(model, loss_fn, lambda i: tuple(t[rank::2] for t in held_out(i)), warmup=1)
     whole = nn.parallel.DistributedDataParallel(model)
@@ -218,12 +217,11 @@ def process(rank, world, folder):
         loss_fn(whole, *(t[rank::2] for t in batch(i))).backward()
         optimizer.step()
     torch.save(logits(model), f"{folder}/{rank}")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    torch.multiprocessing.spawn(process, args=(2, str(tmp_path)), nprocs=2)
+    in_processes(process, tmp_path)
     model = net()
     search = ModuleSearch(model, loss_fn, held_out, warmup=1)
     run(model, torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01), search, range(5))

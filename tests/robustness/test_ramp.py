@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import in_processes
 from torch import nn
 from torch.nn import functional as F
 
@@ -396,17 +397,14 @@ def follow(wrap, rows):
     return pair.state_dict()
 
 
-def distributed(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def distributed(rank, world, folder):
     state = follow(nn.parallel.DistributedDataParallel, slice(rank, None, 2))
     torch.save(state, f"{folder}/{rank}")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
-    torch.multiprocessing.spawn(distributed, (str(tmp_path),), nprocs=2)
+    in_processes(distributed, tmp_path)
     first, second = (torch.load(tmp_path / str(rank), weights_only=True) for rank in (0, 1))
     wanted = follow(lambda pair: pair, slice(None))
     for key, value in wanted.items():
