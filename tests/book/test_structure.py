@@ -222,6 +222,8 @@ def wrong_call(call):
     verdict = keywords.get("verdict")
     if isinstance(verdict, ast.Constant) and verdict.value not in VERDICTS:
         yield f"a verdict outside the list: {verdict.value!r}"
+    if name.endswith(".differing"):
+        yield "a cause that follows from what differs: name the facts that are meant, `differences` shows all"
     if name == "print":
         for node in (node for argument in call.args for node in ast.walk(argument)):
             if isinstance(node, ast.Compare) and any(is_number(side) for side in (node.left, *node.comparators)):
@@ -252,6 +254,8 @@ def test_no_chapter_claims_more_than_its_numbers_carry(path):
         ("claims.add('x', where='T', measured=f'{a}', verdict='holds', numbers=n, condition='a')", "", "no template"),
         ("claims.beats('a', 'b', r, 'm', where='T', verdict='not at this scale')", "", "outside the list"),
         ("from lowrank_ref.lab.compare import compare\ncompare(run, ['a', 'b'], lrs=x)", "", "without arms"),
+        ("claims.beats('a', 'b', r, 'm', where='T', cause=list(r.differing('a', 'b')))", "", "a cause that follows"),
+        ("def cause(a, b):\n    return [f for f in runs.differing(a, b) if f in FACTS]", "", "a cause that follows"),
         ("print('more than 0.3:', a > 0.3)", "", "`checked`"),
         ("print(f'below zero {a < -0.3}')", "", "`checked`"),
         ("print('exact:', torch.equal(a, b))", "exact: True\n", "a bare True"),
