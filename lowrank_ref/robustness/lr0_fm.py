@@ -238,10 +238,7 @@ PAPER = PaperInfo(
     arxiv="2502.03950",
     summary="Score how a frozen model bears small pictures, and repair it with tokens learned from its own features.",
     use_when="you have a frozen vision transformer, pictures of unknown resolution and no labels",
-    instead={
-        "lora": "weights may change: LoRA of as many numbers, by the same loss, was not told apart on the digits, was "
-        "ahead at 16 pixels on a larger network, and merges"
-    },
+    instead={"lora": "weights may change: LoRA of as many numbers, by the same loss, was as good or better, and merges"},
     needs=("lora",),
     official_code="shyammarjit/LR0.FM",
     code_licence="none stated",
