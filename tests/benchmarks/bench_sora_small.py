@@ -318,7 +318,7 @@ def time_steps(tiny: bool) -> dict[str, Any]:
             if i >= 3:
                 times[kind].append(round(1000 * (time.process_time() - begin), 3))
     return {
-        "setting": f"{depth} layers of width {width}, 256 rows, r = 8, Adam, one thread; processor time, not the clock; "
+        "setting": f"{depth} layers of width {width}, 256 rows, r = 8, Adam, one thread; processor time; "
         "PEFT's AdaLoRA with its orthogonality and an allocation in every step",
         "milliseconds": times,
     }
@@ -330,7 +330,7 @@ def main() -> None:
     torch.set_num_threads(1)
     steps = 20 if args.tiny else STEPS
     if "planted" in args.part:
-        setting = f"planted ranks 0, 1, 1, 8 of width 32, 1,024 noisy rows, {steps} steps of 128, s = 2, r = 12 at first"
+        setting = f"planted ranks 0, 1, 1, 8 of width 32, 1,024 noisy rows, {steps} steps of 128, s = 2, first r = 12"
         runs = Runs(args.out, "planted", setting=setting, seconds=args.seconds)
         for seed in SEEDS[:1] if args.tiny else SEEDS:
             # Arms that share a training stand side by side at each rate, so that it runs once.
