@@ -17,8 +17,7 @@ Deviations. The gates are trained by Adam and then shrunk, as in the official co
 plain gradient descent. The paper couples ξ = ηλ to the learning rate; the official default keeps ξ constant
 (`coupled=False`), and its operator also zeroes gates from ξ to 2ξ. The official trainer adds a second L1 term;
 here there is none, unless you add `l1_penalty`. The scale s = α/r of the full rank stays after pruning.
-The sparsifying schedule of the paper's algorithm 1 is in `sora_schedule.py`.
-Cost per layer: r(m+n+1) trained numbers at the full rank r, Adam state twice that; after pruning r_k(m+n).
+Algorithm 1 is in `sora_schedule.py`. A layer trains r(m+n+1) numbers, Adam keeps twice that; pruned, r_k(m+n) are left.
 """
 
 from collections.abc import Callable, Iterable
@@ -237,7 +236,7 @@ PAPER = PaperInfo(
     arxiv="2311.11696v1",
     summary="Start with more rank than needed and let exact zeros in a gate decide what each layer keeps.",
     use_when="you do not know the rank of each layer and can train at the largest one",
-    instead={"lora": "one rank for all layers is good enough: prune it by its singular values if it must be smaller"},
+    instead={"lora": "a larger rank can be trained: cut it by its singular values halfway, and train on"},
     needs=("lora",),
     official_code="TsinghuaC3I/SoRA",
     code_licence="none stated",
@@ -245,6 +244,7 @@ PAPER = PaperInfo(
     deviations=("the true soft threshold, not the released one", "ξ follows the learning rate", "one L1 term, not two"),
     aliases=("sparse low-rank adaptation", "soft threshold", "proximal gradient", "rank pruning"),
     status="draft",
-    verified="2026-11-24",
+    verified="2026-11-30",
+    changes={"2026-11-30": "claims rest on rates chosen on validation data; a cut halfway is among the opponents."},
     layers={"SoRALinear": SoRALinear},
 )
