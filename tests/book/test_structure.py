@@ -45,7 +45,6 @@ TO_BE_REWRITTEN = {
     "optimizers/galore",
     "pretraining/sltrain",
     "ranks/sora",
-    "robustness/r_mtgb",
     "robustness/ramp",
 }
 
