@@ -226,7 +226,7 @@ def task_functions(A: Scores, N: Scores, O: Scores, theta: Gates) -> Float[np.nd
 
 
 def outlier_score(theta: Gates) -> Gates:
-    """Return each task's weight on the function of the *smaller* group: σ(θ) or 1-σ(θ), whichever has median < ½."""
+    """Return the weight on the function that fewer tasks lean to: σ(θ) or 1-σ(θ), whichever has its median below ½."""
     return gate(theta) if np.median(theta) <= 0 else gate(-theta)
 
 
@@ -238,12 +238,13 @@ PAPER = PaperInfo(
     authors=("Seyedsaman Emami", "Gonzalo Martínez-Muñoz", "Daniel Hernández-Lobato"),
     arxiv="2507.11411v1",
     summary="Learn many tasks together by boosting, and let a gate per task keep those apart that follow another rule.",
-    use_when="you must know which of many tasks follow another rule; for predictions alone try histogram boosting",
+    use_when="you suspect that a few of many tasks follow another rule; where none does, gates part all the same",
     official_code="GAA-UAM/R-MTGB",
     code_licence="LGPL-2.1",
     equations={"F(x, r)": "raw_score", "u": "squared_residual", "block 2": "gated_targets", "∂L/∂θ": "gate_gradient"},
     deviations=("θ₀ from random_state", "task numbers of the training data at prediction", "groups ordered by size"),
     aliases=("robust multi-task gradient boosting", "MTGB", "outlier tasks"),
     status="draft",
-    verified="2026-11-24",
+    verified="2026-11-30",
+    changes={"2026-11-30": "verdicts are computed from stored runs; how far a high score can be trusted"},
 )

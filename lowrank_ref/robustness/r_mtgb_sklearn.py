@@ -3,10 +3,13 @@
 Which task a row belongs to is said in one of two ways, the same in `fit` and `predict`:
 
 - `task_column=-1` (as in the official code): that column of X holds the task number. Works everywhere a plain matrix
-  works: `Pipeline`, `GridSearchCV`, `cross_val_score`. Do not standardise the column on the way: put a
-  `ColumnTransformer` with `remainder="passthrough"` in front, which moves the rest to the end.
+  works: `Pipeline`, `GridSearchCV`, `cross_val_score`. A scaler on the way renames the tasks (-0.37 for 3): predictions
+  are the same, `tasks_` cannot be read. `ColumnTransformer(..., remainder="passthrough")` keeps it, as the last column.
 - `tasks=...`, one name or number per row, beside X. In meta-estimators it travels by metadata routing:
   `sklearn.set_config(enable_metadata_routing=True)` and `.set_fit_request(tasks=True)`, likewise for predict and score.
+
+Not supported: `sample_weight` in fit, and a `task_column` given by name or holding text (names go through `tasks=...`).
+`GridSearchCV.predict` takes X alone: call `search.best_estimator_.predict(X, tasks=...)`, or use a column.
 
 With neither, all rows are one task, and the model is plain boosting with two trees a round in the gated block. This is
 what `check_estimator` sees; both estimators pass it, and no check is listed as expected to fail.
@@ -180,7 +183,7 @@ class _RMTGB(BaseEstimator):
 
     @property
     def outlier_score_(self) -> np.ndarray:
-        """Every task's weight on the function of the smaller group, in the order of `tasks_`, in [0, 1]."""
+        """Every task's weight on the function that fewer tasks lean to, in the order of `tasks_`, in [0, 1]."""
         check_is_fitted(self)
         return outlier_score(self.theta_path_[-1])
 
@@ -248,7 +251,7 @@ class RMTGBRegressor(RegressorMixin, _RMTGB):
     Attributes:
         tasks_: the tasks of the training data, sorted, or None.
         gate_: σ(θ) per task.
-        outlier_score_: weight on the smaller group's function, per task.
+        outlier_score_: weight on the function that fewer tasks lean to, per task.
         theta_path_: θ before and after every gated round, (M₂+1, T).
         train_loss_: loss after every round, summed over rows.
         shared_trees_, outlier_trees_, other_trees_: lists of trees.

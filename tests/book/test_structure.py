@@ -44,7 +44,6 @@ TO_BE_REWRITTEN = {
     "analysis/artificial_entanglement",
     "optimizers/galore",
     "pretraining/sltrain",
-    "robustness/r_mtgb",
     "robustness/ramp",
 }
 

@@ -120,7 +120,7 @@ def planted_tasks(
     Each task's function is 0.9 of a function that its group shares and 0.1 of one of its own. All are sums of 500
     random cosines, √(2/500)·Σ a·cos(w·x/ℓ + b) with a, w ~ N(0, 1), b ~ U[0, 2π], ℓ = features/4, and x ~ U[-1, 1].
 
-    Source: the recipe is that of the R-MTGB paper's code; sum and scale of the cosines are ours.
+    Source: scenario 4 of the R-MTGB paper's code (`DataUtils/func_gen.py`); only the order of the draws differs.
 
     Returns:
         (training table, test table), rows and test_rows for each task.
