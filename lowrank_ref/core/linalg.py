@@ -13,6 +13,7 @@ The sign of a column is arbitrary, and backends choose differently. Here its lar
 last basis is given as `start`, the column points along its column there.
 """
 
+import math
 from typing import Annotated
 
 import torch
@@ -25,6 +26,17 @@ from lowrank_ref.core.checks import check_finite, check_integer, check_matrix, c
 def _work_dtype(W: Tensor) -> torch.dtype:
     """Decompositions are not defined in half precision: compute those in float32."""
     return torch.float32 if W.dtype in (torch.float16, torch.bfloat16) else W.dtype
+
+
+def _scaled(X: Tensor) -> tuple[Tensor, float]:
+    """Return X · 2⁻ᵏ, its largest entry near 1, and 2ᵏ: squares stay in range, and no digit is lost.
+
+    k keeps two steps from the ends of the exponents, so that 2ᵏ and 2⁻ᵏ are normal numbers.
+    """
+    furthest = -math.frexp(torch.finfo(X.dtype).tiny)[1] - 1
+    exponent = math.frexp(float(X.abs().max()))[1]
+    exponent = max(-furthest, min(exponent, furthest))
+    return X * math.ldexp(1.0, -exponent), math.ldexp(1.0, exponent)
 
 
 def fixed_signs(U: Float[Tensor, "*batch m r"]) -> Float[Tensor, "*batch r"]:
@@ -159,7 +171,7 @@ def power_basis(
     check_rank(rank, G.shape)
     check_integer("oversample", oversample, low=0)
     check_integer("iterations", iterations, low=0)
-    X = G.to(_work_dtype(G))
+    X, _ = _scaled(G.to(_work_dtype(G)))  # unscaled, float32 gradients of 1e-22 or 1e20 leave its range when squared
     width = min(rank + oversample, *X.shape)
     device = generator.device if generator is not None else X.device
     Y = X @ torch.randn(X.shape[1], width, generator=generator, dtype=X.dtype, device=device).to(X.device)
@@ -263,11 +275,12 @@ def randomized_svd(
     check_matrix("W", W)
     check_rank(rank, W.shape)
     width = min(rank + oversample, *W.shape)
-    Q = power_basis(W, width, oversample=0, iterations=iterations, generator=generator)
-    U, S, Vh = svd(Q.T @ W.to(Q.dtype), rank)
+    X, scale = _scaled(W.to(_work_dtype(W)))
+    Q = power_basis(X, width, oversample=0, iterations=iterations, generator=generator)
+    U, S, Vh = svd(Q.T @ X, rank)
     U = Q @ U
     signs = fixed_signs(U)
-    return U * signs, S, Vh * signs[:, None]
+    return U * signs, S * scale, Vh * signs[:, None]
 
 
 def factored_svd(
@@ -405,7 +418,9 @@ def _check_spectrum(S: Tensor) -> None:
 
 
 def stable_rank(S: Float[Tensor, " r"]) -> float:
-    """‖W‖_F² / ‖W‖_2² from the singular values: a rank that small values cannot inflate.
+    """‖W‖_F² / ‖W‖_2² from the singular values: how many copies of the largest value make up the whole.
+
+    Small values count by their squares: n of them, each ε times the largest, add nε².
 
     Args:
         S: singular values, >= 0, not all zero.

@@ -28,12 +28,17 @@ M, N, R = 24, 16, 4
 pytestmark = pytest.mark.slow
 
 
-def losses(script, processes, **more):
-    """Run the script under torchrun and return what it printed."""
+def started(script, processes, **more):
+    """Run the script under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = os.environ | {"STEPS": "3", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
     environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def losses(script, processes, **more):
+    """Return what the script printed."""
+    done = started(script, processes, **more)
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\n")[:-1]
 
@@ -49,6 +54,8 @@ def test_the_script_gives_the_same_losses_however_it_is_started(tmp_path):
     assert losses(script, 4) == one
     assert losses(script, 2, SHARD="1") == one
     assert losses(script, 4, SHARD="1") == one
+    three = started(script, 3)
+    assert three.returncode != 0 and three.stdout == "" and "shared by 3 processes" in three.stderr
 
 
 LAYERS = {

@@ -309,6 +309,30 @@ def test_measures_do_not_depend_on_the_size_of_the_numbers(size):
         assert measure(S * (1e-200 if size < 1 else 1e200)) == pytest.approx(measure(S), rel=1e-12)
 
 
+@pytest.mark.parametrize("size", [1e-42, 1e-30, 1e20, 1e30, 3e37])
+def test_float32_numbers_of_any_size_keep_their_energy(size):
+    """Unscaled, `power_basis` keeps 1 % in place of 94 % at 1e-30, and from 1e20 on eigh fails on infinite squares."""
+    W = (decaying(40, 30, 0.75) / decaying(40, 30, 0.75).abs().max() * size).float()
+    exact = (W.double() / size).float()  # what is left of a subnormal number
+    best = captured_energy(exact, svd_basis(exact, 5))
+    for basis in (svd_basis, gram_basis, power_basis, subspace_basis):
+        P = basis(W, 5, **({"generator": seeded()} if basis is power_basis else {}))
+        assert captured_energy(exact, P) == pytest.approx(best, abs=0.01), basis
+        assert captured_energy(W, P) == pytest.approx(captured_energy(exact, P), abs=1e-6), basis
+    U, S, Vh = randomized_svd(W, 5, generator=seeded())
+    assert captured_energy(exact, U) == pytest.approx(best, abs=0.01)
+    wanted = torch.linalg.svdvals(exact.double())[:5] * size
+    torch.testing.assert_close(S.double(), wanted, rtol=0.02, atol=2e-45)
+
+
+@pytest.mark.parametrize("power", [-100, -3, 0, 5, 100])
+def test_a_power_of_two_changes_no_digit(power):
+    W = decaying(12, 9).float()
+    assert torch.equal(power_basis(W * 2.0**power, 3, generator=seeded()), power_basis(W, 3, generator=seeded()))
+    (U, S, Vh), (U1, S1, Vh1) = (randomized_svd(X, 3, generator=seeded()) for X in (W * 2.0**power, W))
+    assert torch.equal(U, U1) and torch.equal(S, S1 * 2.0**power) and torch.equal(Vh, Vh1)
+
+
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (30, 30), (3, 20, 9)])
 def test_subspace_basis_is_orthonormal_and_nears_the_exact_energy(shape):
     G = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
