@@ -260,7 +260,7 @@ def own_nodes(app: Sphinx, doctree: nodes.document) -> None:
     """Give all nodes of a page to its document.
 
     What `eval-rst` parsed belongs to a document of its own, which knows the whole
-    environment; stored with every page it made building four times as long.
+    environment: it was stored with every page, 900 MB in all in the place of 30.
     """
     for node in doctree.findall():
         node.document = doctree
