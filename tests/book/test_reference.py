@@ -6,7 +6,7 @@ import api_pages
 import registry_pages
 from docstrings import blocks_kept, linked, summary
 from finish_pages import searchable
-from reading import PAGES, needs_pages, soup
+from reading import HTML, PAGES, needs_pages, soup
 
 from lowrank_ref.core.registry import papers
 from lowrank_ref.optimizers import GaLoreAdamW, GaLoreSGD
@@ -147,5 +147,5 @@ def test_every_method_with_a_rate_tells_where_to_start():
 @needs_pages
 def test_a_stored_page_does_not_hold_the_whole_environment():
     """Every page is read several times while the book is built."""
-    sizes = {path.stem: path.stat().st_size for path in (PAGES.parent / ".doctrees" / "api").glob("*.doctree")}
+    sizes = {path.stem: path.stat().st_size for path in (HTML.parent / ".doctrees" / "api").glob("*.doctree")}
     assert len(sizes) > 100 and max(sizes.values()) < 1_500_000
