@@ -99,6 +99,8 @@ class PaperInfo:
             raise ValueError(f"status: got {self.status!r}, wanted 'draft', 'checked' or 'frozen'")
         if not self.use_when.startswith("you ") or self.use_when.endswith("."):
             raise ValueError(f"use_when: got {self.use_when!r}, wanted the rest of 'Use it when', as 'you tune'")
+        if unended := [text for text in self.changes.values() if not text.endswith(".")]:
+            raise ValueError(f"changes: got {unended}, wanted sentences with a full stop")
         for day in (*self.changes, *filter(None, [self.verified])):
             try:
                 date.fromisoformat(day)

@@ -245,6 +245,6 @@ PAPER = PaperInfo(
     aliases=("sparse low-rank adaptation", "soft threshold", "proximal gradient", "rank pruning"),
     status="draft",
     verified="2026-11-30",
-    changes={"2026-11-30": "claims rest on rates chosen on validation data; a cut halfway is among the opponents."},
+    changes={"2026-11-30": "Claims rest on rates chosen on validation data; a cut halfway is among the opponents."},
     layers={"SoRALinear": SoRALinear},
 )

@@ -246,5 +246,5 @@ PAPER = PaperInfo(
     aliases=("robust multi-task gradient boosting", "MTGB", "outlier tasks"),
     status="draft",
     verified="2026-11-30",
-    changes={"2026-11-30": "verdicts are computed from stored runs; how far a high score can be trusted"},
+    changes={"2026-11-30": "Verdicts are computed from stored runs; how far a high score can be trusted."},
 )

@@ -49,6 +49,7 @@ def test_cards_come_in_the_order_of_the_book():
         ({"use_when": "memory is short"}, "use_when: got 'memory is short', wanted"),
         ({"use_when": "you lack memory."}, "use_when: got 'you lack memory.', wanted"),
         ({"verified": "yesterday"}, "verified: got 'yesterday', wanted ISO dates"),
+        ({"changes": {"2026-11-23": "New"}}, r"changes: got \['New'\], wanted sentences"),
         ({"changes": {"23 Nov": "New."}}, "changes, verified: got '23 Nov', wanted ISO dates"),
     ],
 )
